@@ -1,0 +1,81 @@
+"""What every model family answers: how pictures and text become what the network takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loratune.diffusion.process import Prediction, ddpm_coefficients, expand
+
+Condition = dict[str, Tensor]
+"""What the network is told beside x_t and t; every tensor has the batch first. Empty: nothing."""
+
+
+class Family(nn.Module, ABC):
+    """A diffusion model with everything around its network.
+
+    Attributes:
+        network: what predicts; called only through `denoise`.
+        prediction: which mix of x_0 and noise the network predicts.
+        alpha_bars: abar_t for t = 0..T-1, shape (T,).
+        batch_kind: what training data must hold: `pixels`, or `latents` (encoded once, then cached).
+        scheduler_config: of the diffusers scheduler that draws samples.
+    """
+
+    network: Any
+    prediction: Prediction
+    alpha_bars: Tensor
+    batch_kind: str = "latents"
+    scheduler_config: dict[str, Any]
+
+    def components(self) -> dict[str, nn.Module]:
+        """The parts that hold weights, by their name in a checkpoint."""
+        return {"unet": self.network}
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of x_t = a x_0 + b e for steps t (B,), shaped to multiply `like`."""
+        a, b = ddpm_coefficients(self.alpha_bars.double()[t])
+        return expand(a.to(like.dtype), like), expand(b.to(like.dtype), like)
+
+    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels in [-1, 1] (B, 3, H, W) as what is cached: the VAE's mean and log-variance."""
+        raise TypeError(f"{type(self).__name__} works on pixels and has no VAE")
+
+    @abstractmethod
+    def start(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+        """x_0 of a batch; `noise` (like x_0) draws from the VAE's posterior, None takes its mean."""
+
+    @abstractmethod
+    def start_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of one x_0 for a picture of size x size pixels."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """What the network is told for each caption."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's prediction for x_t at steps t (B,); same shape as x_t."""
+
+    @abstractmethod
+    def decode(self, x_0: Tensor) -> Tensor:
+        """x_0 as pixels in about [-1, 1], (B, 3, H, W)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.network.parameters()).device
+
+
+def repeat_condition(condition: Condition, count: int) -> Condition:
+    """A condition of batch 1, for a batch of `count`."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+
+
+def join_conditions(parts: Sequence[Condition]) -> Condition:
+    """Several conditions as one batch."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

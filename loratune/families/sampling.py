@@ -1,0 +1,89 @@
+"""Drawing: Algorithm 2 and its faster relatives, by diffusers' schedulers, for any family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from loratune.diffusion.objective import guide
+from loratune.errors import UserError
+from loratune.families.base import Condition, Family, join_conditions, repeat_condition
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def make_sampler(name: str, config: dict[str, Any]) -> Any:
+    """A diffusers scheduler by its short name, with the base's own noise schedule.
+
+    Raises:
+        UserError: the name is not one of SAMPLERS.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"sampler {name!r} is not known; there is {', '.join(SAMPLERS)}")
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    return getattr(diffusers, SAMPLERS[name]).from_config(known)
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: int,
+    steps: int = 25,
+    guidance: float = 4.0,
+    sampler: str = "ddim",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw a picture for each prompt from the noise of its own seed.
+
+    Args:
+        family: the model.
+        prompts: what to draw, B of them.
+        seeds: one for each prompt; the same seed and prompt give the same picture in any batch.
+        size: side in pixels.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance (Ho & Salimans 2022); 1 is none.
+        sampler: one of SAMPLERS.
+        on_step: called with the number of steps done and x_t.
+
+    Returns:
+        Pixels in [-1, 1], (B, 3, size, size).
+    """
+    scheduler = make_sampler(sampler, family.scheduler_config)
+    scheduler.set_timesteps(steps, device=family.device)
+    # On the CPU, so that a seed means the same picture on every device.
+    random = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = family.start_shape(size)
+    x = torch.stack([torch.randn(shape, generator=one) for one in random]).to(family.device)
+    x = x * scheduler.init_noise_sigma
+    told = family.encode_text(prompts)
+    guided = guidance != 1 and bool(told)
+    if guided:
+        told = join_conditions([told, repeat_condition(family.encode_text([""]), len(prompts))])
+    extra = {"generator": random} if sampler in ("ddpm", "euler-a") else {}
+    for done, t in enumerate(scheduler.timesteps, 1):
+        output = _predict(family, scheduler.scale_model_input(x, t), t, told, guidance if guided else 1.0)
+        x = scheduler.step(output, t, x, **extra).prev_sample
+        if on_step:
+            on_step(done, x)
+    return family.decode(x).clamp(-1, 1)
+
+
+def _predict(family: Family, x: Tensor, t: Tensor, told: Condition, guidance: float) -> Tensor:
+    count = len(x)
+    if guidance == 1:
+        return family.denoise(x, t.expand(count), told)
+    both = family.denoise(torch.cat([x, x]), t.expand(2 * count), told)
+    return guide(both[:count], both[count:], guidance)

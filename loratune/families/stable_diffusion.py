@@ -1,0 +1,182 @@
+"""Stable Diffusion 1.x: AutoencoderKL, CLIP text, U-Net with cross-attention (Rombach 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from loratune.diffusion.process import Prediction, alpha_bars, rescale_zero_terminal_snr
+from loratune.errors import UserError
+from loratune.families.base import Condition, Family
+
+TOKENIZER = Path(__file__).parent.parent / "assets" / "clip-tokenizer"
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+class StableDiffusion(Family):
+    """A base in the standard classes, put together from its parts.
+
+    Args:
+        unet: the network.
+        vae: pictures to latents and back.
+        text_encoder: captions to vectors.
+        tokenizer: captions to tokens.
+        scheduler_config: of a diffusers scheduler; its betas and prediction type are the model's.
+        source: where the base came from, for messages and metadata.
+    """
+
+    network: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: dict[str, Any],
+        source: str = "",
+    ) -> None:
+        super().__init__()
+        self.network, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.scheduler_config, self.source = tokenizer, dict(scheduler_config), source
+        kind = scheduler_config.get("prediction_type", "epsilon")
+        if kind not in PREDICTIONS:
+            raise UserError(f"{source}: prediction type '{kind}' of its scheduler is not one of {list(PREDICTIONS)}")
+        self.prediction = PREDICTIONS[kind]
+        betas = DDIMScheduler.from_config({**scheduler_config, "rescale_betas_zero_snr": False}).betas.double()
+        if scheduler_config.get("rescale_betas_zero_snr"):
+            betas = rescale_zero_terminal_snr(betas)
+        self.register_buffer("alpha_bars", alpha_bars(betas), persistent=False)
+        self.vae.requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)
+
+    def components(self) -> dict[str, nn.Module]:
+        return {"unet": self.network, "text_encoder": self.text_encoder, "vae": self.vae}
+
+    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+
+    def start(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+        latents = batch["mean"]
+        if noise is not None:
+            latents = latents + (0.5 * batch["logvar"]).exp() * noise
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return cast(Tensor, (latents - shift) * self.vae.config["scaling_factor"])
+
+    def start_shape(self, size: int) -> tuple[int, ...]:
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        if size % factor:
+            raise UserError(f"size {size}: the VAE needs a multiple of {factor}")
+        return (self.vae.config["latent_channels"], size // factor, size // factor)
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Token ids, padded to the encoder's window, (B, 77)."""
+        window = self.text_encoder.config.max_position_embeddings
+        made = self.tokenizer(
+            list(captions), padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+        )
+        return cast(Tensor, made.input_ids)
+
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        ids = self.tokens(captions).to(self.device)
+        return {"text": self.text_encoder(ids).last_hidden_state.float()}
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = self.network.dtype
+        output = self.network(x_t.to(dtype), t, condition["text"].to(dtype)).sample
+        return cast(Tensor, output.float())
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        shift = self.vae.config.get("shift_factor") or 0.0
+        latents = x_0 / self.vae.config["scaling_factor"] + shift
+        return cast(Tensor, self.vae.decode(latents.to(self.vae.dtype)).sample.float())
+
+    def save_folder(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the base as a diffusers folder; weights are rounded to `dtype`, the model keeps its own."""
+        from loratune.families.files import save_diffusers_folder
+
+        save_diffusers_folder(self, folder, dtype)
+
+
+class NewStableDiffusion(StableDiffusion):
+    """A U-Net and a CLIP text encoder with random weights around a VAE that was trained before.
+
+    Args:
+        vae: a diffusers folder with the VAE.
+        channels: U-Net width at each resolution.
+        heads: attention heads at each resolution.
+        layers: residual and attention blocks at each resolution.
+        text_width: width of the text encoder, and of cross-attention's keys and values.
+        text_layers: depth of the text encoder.
+        latent_size: side of the latents.
+        prediction: what the network predicts.
+        zero_terminal_snr: rescale the schedule so that the last step is pure noise (Lin 2024).
+    """
+
+    def __init__(
+        self,
+        vae: Path,
+        channels: tuple[int, ...] = (64, 128, 160),
+        heads: tuple[int, ...] = (2, 4, 5),
+        layers: int = 1,
+        text_width: int = 128,
+        text_layers: int = 4,
+        latent_size: int = 16,
+        prediction: Prediction = "v",
+        zero_terminal_snr: bool = True,
+    ) -> None:
+        if not (Path(vae) / "config.json").is_file():
+            raise UserError(f"{vae}: no VAE here; train one with recipes/pretrain/vae.yaml first")
+        if zero_terminal_snr and prediction == "eps":
+            raise UserError("zero_terminal_snr: pure noise tells an eps model nothing; use prediction: v")
+        trained = AutoencoderKL.from_pretrained(vae, local_files_only=True, use_safetensors=True)
+        unet = UNet2DConditionModel(
+            sample_size=latent_size,
+            in_channels=trained.config["latent_channels"],
+            out_channels=trained.config["latent_channels"],
+            block_out_channels=channels,
+            layers_per_block=layers,
+            down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+            up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+            attention_head_dim=heads,
+            cross_attention_dim=text_width,
+            norm_num_groups=min(32, channels[0] // 4),
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=text_width,
+                intermediate_size=4 * text_width,
+                num_hidden_layers=text_layers,
+                num_attention_heads=max(1, text_width // 32),
+                max_position_embeddings=77,
+                projection_dim=text_width,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        scheduler = {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "num_train_timesteps": 1000,
+            "prediction_type": {kind: name for name, kind in PREDICTIONS.items()}[prediction],
+            "rescale_betas_zero_snr": zero_terminal_snr,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+        }
+        super().__init__(unet, trained, text_encoder, tokenizer, scheduler, source="new")

@@ -1,0 +1,218 @@
+"""safetensors files read without loading the whole, and written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loratune.errors import UserError
+from loratune.formats.headers import DTYPES, Header, TensorInfo, dtype_name, header_bytes, read_header
+
+__all__ = [
+    "Header",
+    "TensorInfo",
+    "atomic_folder",
+    "atomic_path",
+    "read_header",
+    "read_tensors",
+    "rewrite",
+    "sha256_file",
+    "tensors_hash",
+    "write_safetensors",
+]
+
+CHUNK = 1 << 20  # bytes copied or hashed at a time
+
+
+def read_tensors(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU and by memory map; all of them, or those named.
+
+    Raises:
+        UserError: as `read_header`, or the file has no tensor of a name.
+    """
+    path = Path(path)
+    header = read_header(path)
+    wanted = list(header.tensors if keys is None else keys)
+    if missing := [key for key in wanted if key not in header.tensors]:
+        raise UserError(f"{path}: there is no tensor {missing[0]!r} in it ({len(missing)} missing in all)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in wanted}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); download or export it again") from None
+
+
+def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; the same content always gives the same bytes.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # wide first, so all are aligned
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    for key in ordered:
+        tensor = tensors[key]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        infos[key] = TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), start, end)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header_bytes(infos.items(), dict(metadata)))
+        for key in ordered:
+            file.write(_bytes_of(tensors[key]))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _tensor_of(data: bytes, info: TensorInfo) -> Tensor:
+    if not data:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path in the same folder: moved to `path` when all went well, deleted when anything did not.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    with _removed_on_failure(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `path`: moved there when all went well, deleted when anything did not.
+
+    Raises:
+        UserError: `path` exists and is no empty folder, or the place cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder; give another name, or remove it first")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    with _removed_on_failure(path, temporary):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _removed_on_failure(path: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error}); make room, or give another place") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rewrite(
+    source: Path | str,
+    destination: Path | str,
+    patches: Mapping[str, Callable[[Tensor], Tensor]],
+    metadata: dict[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Copy a safetensors file with some tensors replaced, one tensor in memory at a time.
+
+    Args:
+        patches: from a tensor's name to what makes the new one; it must keep dtype and shape.
+        metadata: of the copy; None keeps the source's.
+        progress: called with the bytes done and the bytes in all.
+
+    Raises:
+        KeyError: the source has no tensor of a patch's name.
+        ValueError: a patch changed dtype or shape.
+        UserError: the source cannot be read or the destination not written.
+    """
+    source = Path(source)
+    header = read_header(source)
+    if missing := sorted(set(patches) - set(header.tensors)):
+        raise KeyError(f"{source}: there is no tensor {missing[0]!r} to patch ({len(missing)} missing in all)")
+    told = header.metadata if metadata is None else metadata
+    with atomic_path(destination) as temporary, source.open("rb") as old, temporary.open("wb") as new:
+        new.write(header_bytes(header.tensors.items(), told))
+        old.seek(header.data_offset)
+        for key, info in header.tensors.items():
+            if key in patches:
+                new.write(_patched(key, old.read(info.stop - info.start), info, patches[key]))
+            else:
+                _copy(old, new, info.stop - info.start)
+            if progress is not None:
+                progress(info.stop, header.size - header.data_offset)
+
+
+def _patched(key: str, data: bytes, info: TensorInfo, patch: Callable[[Tensor], Tensor]) -> memoryview:
+    tensor = patch(_tensor_of(data, info))
+    if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
+        raise ValueError(f"the patch of {key!r} made {info.dtype} {info.shape} a {tensor.dtype} {tuple(tensor.shape)}")
+    return _bytes_of(tensor)
+
+
+def _copy(old: BinaryIO, new: BinaryIO, left: int) -> None:
+    while left:
+        data = old.read(min(CHUNK, left))
+        if not data:
+            raise OSError("the source became shorter while it was read")
+        new.write(data)
+        left -= len(data)
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, in hex: over their names in order, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(json.dumps([key, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""Algorithm 1: one Lightning module trains any family's network."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from loratune.diffusion.objective import check_objective, min_snr_weight, weighted_squared_error
+from loratune.diffusion.process import diffuse, snr, target
+from loratune.families.base import Condition, Family, repeat_condition
+from loratune.families.files import load_family
+from loratune.training.randomness import generator
+from loratune.training.schedules import Schedule, optimizer_and_schedule
+
+Stage = Literal["train", "val", "test"]
+VALIDATION_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is.
+
+    Args:
+        min_snr_gamma: clip of the SNR weight (Hang 2023 uses 5); none weighs every step alike.
+        caption_dropout: share of captions replaced by nothing, which guidance needs, in [0, 1].
+    """
+
+    min_snr_gamma: float | None = None
+    caption_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}; give a share from 0 to 1")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; give a number above 0, or null")
+
+
+class DiffusionModule(L.LightningModule):
+    """Train the weights of a diffusion model: x_0 ~ data, t ~ U{1..T}, e ~ N(0, I), one step on the loss.
+
+    Args:
+        base: the model: builtin:NAME, a diffusers folder, a .safetensors file, a hub id, or a Family.
+        trainable: components whose weights are trained; the others are frozen.
+        objective: what the loss is.
+        optimizer: any torch optimizer.
+        schedule: how the learning rate moves over the run.
+    """
+
+    def __init__(
+        self,
+        base: Family | str,
+        trainable: tuple[str, ...] = ("unet",),
+        objective: Objective = Objective(),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        self.base_name = base if isinstance(base, str) else type(base).__name__
+        self.family = load_family(base) if isinstance(base, str) else base
+        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        terminal = float(self.family.alpha_bars[-1])
+        check_objective(self.family.prediction, terminal == 0, objective.min_snr_gamma)
+        self.family.requires_grad_(False)
+        components = self.family.components()
+        for name in trainable:
+            if name not in components:
+                raise ValueError(f"trainable: '{name}' is not a component of the base; it has {list(components)}")
+            components[name].requires_grad_(True)
+        # Checkpoints hold what is trained; the rest comes from the base again.
+        self.strict_loading = False
+        self._nothing: Condition | None = None
+
+    @property
+    def batch_kind(self) -> str:
+        """What the data module must put into a batch: pixels or latents."""
+        return self.family.batch_kind
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether captions can be encoded once and cached."""
+        encoder = self.family.components().get("text_encoder")
+        return encoder is None or not any(p.requires_grad for p in encoder.parameters())
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimizer moves."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Only the weights that are trained."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def _generator(self, stage: Stage, batch_idx: int) -> torch.Generator:
+        seed = os.environ.get("PL_GLOBAL_SEED", "0")
+        if stage == "train":
+            part = batch_idx % self.trainer.accumulate_grad_batches
+            return generator(self.device, seed, stage, self.global_step, part, self.global_rank)
+        return generator(self.device, seed, stage, batch_idx, self.global_rank)
+
+    def _condition(self, batch: dict[str, Any], dropped: Tensor) -> Condition:
+        if not self.text_is_frozen or "condition" not in batch:
+            captions = ["" if drop else text for text, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
+            return self.family.encode_text(captions)
+        condition: Condition = batch["condition"]
+        if not dropped.any():
+            return condition
+        if self._nothing is None:
+            with torch.no_grad():
+                self._nothing = self.family.encode_text([""])
+        nothing = repeat_condition(self._nothing, len(dropped))
+        return {
+            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing[name].to(value), value)
+            for name, value in condition.items()
+        }
+
+    def losses(self, batch: dict[str, Any], t: Tensor, random: torch.Generator, dropout: float) -> Tensor:
+        """The loss of each sample at steps t (B,): Ho 2020, algorithm 1, line 5, for any prediction type."""
+        shape = (len(t), *self.family.start(batch, None).shape[1:])
+        posterior_noise = torch.randn(shape, generator=random, device=self.device)
+        x_0 = self.family.start(batch, posterior_noise)
+        noise = torch.randn(shape, generator=random, device=self.device)
+        dropped = torch.rand(len(t), generator=random, device=self.device) < dropout
+        a, b = self.family.coefficients(t, x_0)
+        output = self.family.denoise(diffuse(x_0, noise, a, b), t, self._condition(batch, dropped))
+        weight = None
+        if self.objective.min_snr_gamma is not None:
+            weight = min_snr_weight(snr(a, b).flatten(), self.objective.min_snr_gamma, self.family.prediction)
+        wanted = target(self.family.prediction, x_0, noise, a, b)
+        return weighted_squared_error(output, wanted, weight)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        random = self._generator("train", batch_idx)
+        count = len(batch["name"])
+        t = torch.randint(len(self.family.alpha_bars), (count,), generator=random, device=self.device)
+        loss = self.losses(batch, t, random, self.objective.caption_dropout).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._held_out(batch, batch_idx, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._held_out(batch, batch_idx, "test")
+
+    def _held_out(self, batch: dict[str, Any], batch_idx: int, stage: Stage) -> None:
+        """The loss at fixed noise and fixed t (the middles of equal parts of 1..T), so that epochs compare."""
+        count, steps = len(batch["name"]), len(self.family.alpha_bars)
+        random = self._generator(stage, batch_idx)
+        losses = []
+        for part in range(VALIDATION_STEPS):
+            t = torch.full((count,), steps * (2 * part + 1) // (2 * VALIDATION_STEPS), device=self.device)
+            losses.append(self.losses(batch, t, random, 0.0).mean())
+        self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
+
+    def configure_optimizers(self) -> Any:
+        return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.schedule)

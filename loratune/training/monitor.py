@@ -1,0 +1,32 @@
+"""Numbers about the run itself: the gradient's norm and the speed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class Monitor(L.Callback):
+    """Logs train/grad_norm (before clipping) and train/steps_per_second."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        now = time.perf_counter()
+        if self._since and step > self._since[1]:
+            speed = (step - self._since[1]) / (now - self._since[0])
+            pl_module.log("train/steps_per_second", speed, prog_bar=True)
+        self._since = (now, step)

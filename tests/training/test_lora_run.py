@@ -1,0 +1,101 @@
+"""A LoRA from recipe to file: what is trained, what is written, what is the same twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratune.adapters.lora import LoRA, adapted_layers, switch
+from loratune.cli import main
+from loratune.families.files import load_family
+from loratune.formats.lora import LoRAFile, LoRALayer, read_lora, write_lora
+from loratune.training.export import verify
+from loratune.training.lora_module import LoRAModule
+
+
+def predictions(family: object, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 4, 8, 8, generator=random)
+    with torch.no_grad():
+        told = family.encode_text(["a red disc", "a blue disc"])  # type: ignore[attr-defined]
+        return family.denoise(x, torch.tensor([10, 900]), told)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_step_zero_is_the_base_exactly(tiny_base: Path, text_encoder: bool) -> None:
+    base = load_family(str(tiny_base)).eval()
+    module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=text_encoder)).eval()
+    assert torch.equal(predictions(base), predictions(module.family))
+    for layer in adapted_layers(module.family).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    assert not torch.equal(predictions(base), predictions(module.family))
+    switch([module.family], 0.0)
+    assert torch.equal(predictions(base), predictions(module.family))
+
+
+def test_only_b_and_a_are_trained_and_saved(tiny_base: Path) -> None:
+    module = LoRAModule(str(tiny_base), LoRA(rank=4))
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_A" in name or "lora_B" in name for name in trained)
+    assert all(".attn2.to_" in name and "to_out" not in name for name in trained)
+    assert sorted(module.state_dict()) == sorted(trained)
+
+
+def test_a_run_leaves_a_lora_that_diffusers_reads(recipe: Path, tmp_path: Path, tiny_base: Path) -> None:
+    assert main(["fit", "-c", str(recipe)]) == 0
+    run = tmp_path / "run"
+    file = read_lora(run / "lora.safetensors")
+    assert {layer.rank for layer in file.layers.values()} == {4}
+    assert {layer.scale for layer in file.layers.values()} == {2.0}
+    assert max(float(layer.up.abs().max()) for layer in file.layers.values()) > 0
+    assert "max_steps: 6" in file.metadata["loratune.recipe"]
+    assert file.metadata["loratune.base"] == str(tiny_base)
+    assert len(file.metadata["loratune.base_hash"]) == 64
+    assert file.metadata["ss_network_dim"] == "4"
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert (run / "recipe.yaml").is_file()
+    assert list((run / "tensorboard").glob("events*"))
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_same_seed_gives_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
+    made = []
+    for name in ("one", "two"):
+        assert main(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(tmp_path / name)]) == 0
+        made.append(load_file(tmp_path / name / "lora.safetensors"))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    other = tmp_path / "three"
+    assert main(["fit", "-c", str(recipe), "--seed_everything", "4", "--trainer.default_root_dir", str(other)]) == 0
+    third = load_file(other / "lora.safetensors")
+    assert any(not torch.equal(made[0][key], third[key]) for key in third)
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(recipe: Path, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert main(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(whole)]) == 0
+    words = ["fit", "-c", str(recipe), "--trainer.default_root_dir", str(half)]
+    assert main([*words, "--trainer.max_steps", "3"]) == 0
+    assert main([*words, "--ckpt_path", str(half / "checkpoints" / "last.ckpt")]) == 0
+    one, two = load_file(whole / "lora.safetensors"), load_file(half / "lora.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, format: str) -> None:
+    torch.manual_seed(0)
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    layer = LoRALayer(torch.randn(4, 16), torch.randn(8, 4), 2.0)
+    path = tmp_path / "x.safetensors"
+    write_lora(path, LoRAFile({name: layer}, {}), format, torch.float16)  # type: ignore[arg-type]
+    verify(path, {name: layer}, format, torch.float16)
+    for wrong in (LoRALayer(layer.down, layer.up * 1.01, 2.0), LoRALayer(layer.down, layer.up, 4.0)):
+        with pytest.raises(Exception, match="do not use this file"):
+            verify(path, {name: wrong}, format, torch.float16)
+    with pytest.raises(Exception, match="do not use this file"):
+        verify(path, {name.replace("to_q", "to_k"): layer}, format, torch.float16)
