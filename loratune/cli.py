@@ -14,7 +14,6 @@ RECIPE_VERBS = {
     "fit": "train what a recipe says",
     "validate": "the held-out loss of a recipe's model",
     "test": "the held-out loss of a recipe's model, as a test",
-    "predict": "Lightning's predict with a recipe",
 }
 
 
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version"):
         print(__version__)
         return 0
     try:

@@ -77,7 +77,7 @@ def flat_numbers(tree: Any, prefix: str = "") -> dict[str, float | str]:
 
 
 class RecipeCLI(LightningCLI):
-    """`loratune fit|validate|test|predict`: a recipe's sections are the signatures of what they fill."""
+    """`loratune fit|validate|test`: a recipe's sections are the signatures of what they fill."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with our errors."""
@@ -87,6 +87,11 @@ class RecipeCLI(LightningCLI):
             "-c", "--config", action="config", help="A recipe (YAML); later ones override earlier ones."
         )
         return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's sub-commands but predict: `loratune sample` draws."""
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections beside trainer, model and data."""

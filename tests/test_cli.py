@@ -1,0 +1,103 @@
+"""The command line as people meet it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from loratune.cli import RECIPE_VERBS, VERBS, main
+from loratune.formats.lora import LoRAFile, LoRALayer, write_lora
+
+NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+
+
+def test_help_imports_nothing_heavy_and_names_every_verb() -> None:
+    code = (
+        "import sys; from loratune.cli import main; main(['--help']);"
+        "heavy = {'torch', 'lightning', 'diffusers', 'transformers', 'jsonargparse'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"loratune {verb} " in done.stdout for verb in (*RECIPE_VERBS, *VERBS))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    options = [line for line in text.splitlines() if line.startswith("  --") and "--help" not in line]
+    names = [name for name in VERBS[verb].__annotations__ if name != "return"]
+    assert all(f"--{name}" in text or name in text for name in names)
+    assert options
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fti"], "no such verb; did you mean fit?"),
+        (["sample", "--base", "x"], "nothing to draw"),
+        (["sample", "--base", "builtin:nothing", "--prompt", "a"], "builtin:nothing: there is no such embedded base"),
+        (["sample", "--base", "x.ckpt", "--prompt", "a"], "x.ckpt: a pickle can run any code"),
+        (["sample", "--base", "nowhere.safetensors", "--prompt", "a"], "nowhere.safetensors: no such file"),
+        (["sample", "--bse", "x"], "bse"),
+        (["sample", "--base", "x", "--prompts", "missing.txt"], "missing.txt: No such file"),
+        (["inspect", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("loratune: ")
+    assert error.count("\n") == 1
+
+
+def test_inspect_says_what_a_lora_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    layer = LoRALayer(torch.randn(4, 16), torch.randn(8, 4), 2.0)
+    path = tmp_path / "x.safetensors"
+    write_lora(path, LoRAFile({NAME: layer}, {"loratune.base": "builtin:somewhere"}))
+    assert main(["inspect", str(path), "--json", "true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rank"] == [4]
+    assert found["alpha"] == [2.0]
+    assert found["layers"] == 1
+    assert found["base"] == "builtin:somewhere"
+    wanted = float((0.5 * layer.up @ layer.down).norm())
+    assert found["norm of (alpha/r) B A"] == {"unet.down_blocks.0": pytest.approx(wanted, rel=1e-5)}
+
+
+def test_inspect_says_what_a_checkpoint_is(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_base / "unet" / "diffusion_pytorch_model.safetensors"
+    assert main(["inspect", str(file)]) == 0
+    assert "F32" in capsys.readouterr().out
+
+
+def test_sample_draws_prompts_and_a_grid(tiny_base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n\n../../etc/passwd\n")
+    words = ["sample", "--base", str(tiny_base), "--prompt", "one", "--prompt=two", "--prompts", str(prompts)]
+    assert main([*words, "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["000-one-0.png", "001-two-0.png", "002-a-red-disc-0.png", "003-etc-passwd-0.png", "grid.png"]
+    assert Image.open(tmp_path / "out" / "000-one-0.png").size == (16, 16)
+
+
+def test_the_same_seed_gives_the_same_picture_whatever_else_is_drawn(tiny_base: Path, tmp_path: Path) -> None:
+    words = ["sample", "--base", str(tiny_base), "--steps", "3", "--seed", "5"]
+    assert main([*words, "--prompt", "a red disc", "--out", str(tmp_path / "alone")]) == 0
+    assert main([*words, "--prompt", "other", "--prompt", "a red disc", "--out", str(tmp_path / "both")]) == 0
+    alone = (tmp_path / "alone" / "000-a-red-disc-5.png").read_bytes()
+    assert alone == (tmp_path / "both" / "001-a-red-disc-5.png").read_bytes()
+    assert alone != (tmp_path / "both" / "000-other-5.png").read_bytes()
