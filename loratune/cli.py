@@ -167,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(__version__)
         return 0
+    from loratune.quiet import quiet
+
+    quiet()
     try:
         if words[0] in RECIPE_VERBS:
             from loratune.recipe import run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from loratune.families.pixels import PixelDDPM
 from loratune.families.stable_diffusion import NewStableDiffusion, StableDiffusion
 from loratune.recipe_errors import check_recipes, explain
 from loratune.training.autoencoder import AutoencoderModule
+from loratune.training.contrastive import ContrastiveModule
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
 from loratune.training.export import Export
@@ -28,7 +28,16 @@ from loratune.training.lora_module import LoRAModule
 from loratune.training.monitor import Monitor
 from loratune.training.samples import SampleGrid
 
-SHORT_NAMES = (PixelDDPM, NewStableDiffusion, StableDiffusion, AutoencoderModule, DiffusionModule, EMA, LoRAModule)
+SHORT_NAMES = (
+    AutoencoderModule,
+    ContrastiveModule,
+    DiffusionModule,
+    EMA,
+    LoRAModule,
+    NewStableDiffusion,
+    PixelDDPM,
+    StableDiffusion,
+)
 """Imported so that recipes can name them without their modules."""
 
 
@@ -99,6 +108,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         defaults = {"dirpath": None, "save_last": True, "save_top_k": 1, "every_n_train_steps": 250}
+        parser.set_defaults({"trainer.log_every_n_steps": 10, "trainer.enable_model_summary": False})
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
 
     @property
@@ -157,8 +167,6 @@ def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
     check_recipes(recipes)
     named = model_is_named(recipes, argv)
     RecipeParser.explain = staticmethod(lambda message: explain(message, recipes, KeyNames(named)))
-    # Lightning doubts arguments given in code when the process has some too; they are the same here.
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     try:
         return RecipeCLI(
             model_class=L.LightningModule if named else LoRAModule,

@@ -76,7 +76,7 @@ def terms_by_layer(
             made_for = (layer.up.shape[0], *layer.down.shape[1:])
             if tuple(shapes[name]) != made_for and tuple(shapes[name]) != (*made_for, 1, 1):
                 raise UserError(
-                    f"{lora.path}: made for another base: its {name} is {list(made_for)}, the base's {list(shapes[name])}"
+                    f"{lora.path}: made for another base: {name} is {list(made_for)}, the base's {list(shapes[name])}"
                 )
             terms.setdefault(name, []).append((lora.weight, layer))
     return terms

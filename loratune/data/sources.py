@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        image = row["image"]
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        name = image["path"] or f"{self.where}, row {index}"
-        return Sample(name, data, row["caption"])
+        image: dict[str, Any] = row["image"] or {}  # an empty cell is an unreadable picture
+        data, path = image.get("bytes"), image.get("path")
+        if data is None:
+            data = Path(path).read_bytes() if path else b""
+        return Sample(path or f"{self.where}, row {index}", data, row["caption"])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -69,7 +71,7 @@ def read_source(path: str, image_column: str = "image", caption_column: str | No
     if place.suffix == ".parquet":
         if not place.is_file():
             raise UserError(f"{path}: no such file; datasets/build.py rebuilds the project's own sets")
-        rows = datasets.Dataset.from_parquet(str(place), keep_in_memory=False)
+        rows = _parquet(place)
     elif place.exists() or place.suffix or path.count("/") != 1:
         raise UserError(f"{path}: no such folder, .parquet file or hub dataset (owner/name)")
     else:
@@ -77,11 +79,22 @@ def read_source(path: str, image_column: str = "image", caption_column: str | No
     return _columns(rows, path, image_column, caption_column)
 
 
+def _parquet(file: Path) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_parquet(str(file), keep_in_memory=False)
+    except Exception as error:  # pyarrow's and datasets' own kinds
+        raise UserError(f"{file}: cannot be read as parquet: {_first_line(error)}") from error
+
+
 def _hub(name: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
-        raise UserError(f"{name}: no such folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: no such folder, and the hub did not give it: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _columns(rows: datasets.Dataset, where: str, image: str, caption: str | None) -> Source:
@@ -92,7 +105,8 @@ def _columns(rows: datasets.Dataset, where: str, image: str, caption: str | None
         if column not in names:
             raise UserError(f"{where}: {key} {column!r} is not one of its columns {names}")
     rows = rows.select_columns([image, caption]).rename_columns({image: "image", caption: "caption"})  # type: ignore[dict-item]
-    return Source(rows.cast_column("image", datasets.Image(decode=False)), where)
+    rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column("caption", datasets.Value("string"))
+    return Source(rows, where)
 
 
 def _folder(folder: Path, caption_column: str | None) -> Source:
@@ -110,19 +124,29 @@ def _folder(folder: Path, caption_column: str | None) -> Source:
 
 def _text_beside(picture: Path) -> str | None:
     file = picture.with_suffix(".txt")
-    return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None
+    try:
+        return file.read_text(encoding="utf-8-sig").strip() or None if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _metadata(folder: Path, caption_column: str | None) -> dict[Path, str | None] | None:
     """Captions by picture from metadata.jsonl or metadata.csv; None where the folder has neither."""
     for name in ("metadata.jsonl", "metadata.csv"):
-        if (file := folder / name).is_file():
-            return dict(_entry(folder, file, number, row, caption_column) for number, row in _rows(file))
+        if not (file := folder / name).is_file():
+            continue
+        try:
+            rows = list(_rows(file))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from None
+        if caption_column and not any(caption_column in row for _, row in rows):
+            raise UserError(f"{file}: caption_column {caption_column!r} is in none of its rows")
+        return dict(_entry(folder, file, number, row, caption_column) for number, row in rows)
     return None
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8", newline="") as stream:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         if file.suffix == ".csv":
             yield from enumerate(csv.DictReader(stream), 2)
             return
@@ -135,13 +159,17 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _entry(folder: Path, file: Path, number: int, row: dict[str, Any], column: str | None) -> tuple[Path, str | None]:
-    if not row.get("file_name"):
+    if not row.get("file_name") or not isinstance(row["file_name"], str):
         raise UserError(f"{file}:{number}: no 'file_name'; give the picture's name, relative to {folder}")
-    picture = folder / row["file_name"]
+    picture = folder / os.path.normpath(row["file_name"])
     if not picture.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{file}:{number}: file_name {row['file_name']!r} leaves the folder")
     if not picture.is_file():
         raise UserError(f"{file}:{number}: there is no picture {row['file_name']!r} in {folder}")
+    if picture.suffix.lower() not in PICTURES:
+        raise UserError(
+            f"{file}:{number}: {row['file_name']!r} is of a kind not read here ({', '.join(sorted(PICTURES))})"
+        )
     names = (column,) if column else CAPTION_COLUMNS
     caption = next((row[name] for name in names if row.get(name)), None)
     return picture, str(caption).strip() or None if caption is not None else None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from loratune.errors import UserError
+from loratune.families.sdxl import StableDiffusionXL
 from loratune.families.stable_diffusion import TOKENIZER, StableDiffusion
 from loratune.formats.checkpoints import (
     architectures,
@@ -30,10 +33,58 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
 }
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 Configs = dict[str, dict[str, Any]]
+"""Configurations by component, the scheduler's among them; `model_index` has the pipeline's `_class_name`."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a diffusers folder of one pipeline class holds.
+
+    Args:
+        family: what is put together from it.
+        parts: class of each component with weights, by its folder.
+        tokenizers: the token that each tokenizer pads with, by its folder.
+        index: what else is in its model_index.json.
+        float32: components that are loaded in float32 whatever is asked for.
+    """
+
+    family: type[StableDiffusion]
+    parts: Mapping[str, Any]
+    tokenizers: Mapping[str, str]
+    index: Mapping[str, Any]
+    float32: tuple[str, ...] = ()
+
+
+_PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+_NONE = [None, None]
+PIPELINES = {
+    StableDiffusion.pipeline: Pipeline(
+        StableDiffusion,
+        _PARTS,
+        {"tokenizer": "<|endoftext|>"},
+        {"requires_safety_checker": False, "safety_checker": _NONE, "feature_extractor": _NONE},
+    ),
+    StableDiffusionXL.pipeline: Pipeline(
+        StableDiffusionXL,
+        {**_PARTS, "text_encoder_2": CLIPTextModelWithProjection},
+        {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+        {"force_zeros_for_empty_prompt": True, "image_encoder": _NONE, "feature_extractor": _NONE},
+        float32=("vae",),
+    ),
+}
+
+
+def pipeline_of(configs: Configs) -> Pipeline:
+    """What belongs to configurations; those of single files name no pipeline and are Stable Diffusion 1.x."""
+    return PIPELINES[configs.get("model_index", {}).get("_class_name", StableDiffusion.pipeline)]
+
+
+def _is_text(component: str) -> bool:
+    return component.startswith("text_encoder")
 
 
 def builtin_names() -> list[str]:
@@ -95,13 +146,17 @@ def load_family(name: str, dtype: torch.dtype = torch.float32) -> StableDiffusio
     """
     path = find_base(name)
     configs, weights = read_folder(path) if path.is_dir() else read_single_file(path)
-    return build(configs, weights, tokenizer_of(path), dtype, source=name)
+    return build(configs, weights, tokenizers_of(path, pipeline_of(configs)), dtype, source=name)
 
 
-def tokenizer_of(path: Path) -> CLIPTokenizer:
-    """The base's own tokenizer, or CLIP's where it carries none."""
-    own = path / "tokenizer"
-    return CLIPTokenizer.from_pretrained(own if (own / "vocab.json").is_file() else TOKENIZER)
+def tokenizers_of(path: Path, pipeline: Pipeline) -> dict[str, CLIPTokenizer]:
+    """The base's own tokenizers by name, each CLIP's where it carries none."""
+    return {
+        name: CLIPTokenizer.from_pretrained(path / name)
+        if (path / name / "vocab.json").is_file()
+        else CLIPTokenizer.from_pretrained(TOKENIZER, pad_token=pad)
+        for name, pad in pipeline.tokenizers.items()
+    }
 
 
 def configs_of_file(path: Path) -> Configs:
@@ -122,16 +177,23 @@ def configs_of_file(path: Path) -> Configs:
 
 
 def _folder_configs(folder: Path) -> Configs:
-    configs = {"scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
-    return configs | {part: _read_json(folder / part / "config.json") for part in WEIGHTS}
+    name = _read_json(folder / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise UserError(f"{folder}: it is for {name}, which is not supported; there is {', '.join(PIPELINES)}")
+    configs = {"model_index": {"_class_name": name}}
+    configs["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
+    return configs | {part: _read_json(folder / part / "config.json") for part in PIPELINES[name].parts}
 
 
 def read_folder(folder: Path) -> tuple[Configs, dict[str, dict[str, Tensor]]]:
     """Configurations and weights of a diffusers folder, by component; text keys in their canonical form."""
     configs = _folder_configs(folder)
-    weights = {part: read_tensors(folder / part / file) for part, file in WEIGHTS.items()}
-    weights["text_encoder"] = canonical_text_keys(weights["text_encoder"])
-    return configs, weights
+    weights = {part: read_tensors(folder / part / WEIGHTS[part]) for part in pipeline_of(configs).parts}
+    return configs, _canonical_text(weights)
+
+
+def _canonical_text(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {part: canonical_text_keys(held) if _is_text(part) else held for part, held in weights.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -152,27 +214,30 @@ def read_single_file(path: Path) -> tuple[Configs, dict[str, dict[str, Tensor]]]
 def build(
     configs: Configs,
     weights: dict[str, dict[str, Tensor]],
-    tokenizer: CLIPTokenizer,
+    tokenizers: Mapping[str, CLIPTokenizer],
     dtype: torch.dtype = torch.float32,
     source: str = "",
 ) -> StableDiffusion:
     """A base from configurations and weights; every weight must fit and none may be missing."""
-    parts: dict[str, nn.Module] = {
-        "unet": UNet2DConditionModel.from_config(_without_private(configs["unet"])),
-        "vae": AutoencoderKL.from_config(_without_private(configs["vae"])),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**_without_private(configs["text_encoder"]))),
-    }
+    pipeline = pipeline_of(configs)
+    parts = {name: _empty(name, kind, configs[name]) for name, kind in pipeline.parts.items()}
     for name, module in parts.items():
         found = weights[name]
-        if name == "text_encoder":
+        if _is_text(name):
             found = module_text_keys(found, module.state_dict().keys())
         try:
             module.load_state_dict(found)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"{source}: the weights of its {name} do not fit its configuration: {reason}") from None
-        module.to(dtype)
-    return StableDiffusion(**parts, tokenizer=tokenizer, scheduler_config=configs["scheduler"], source=source)  # type: ignore[arg-type]
+        module.to(torch.float32 if name in pipeline.float32 else dtype)
+    return pipeline.family(**parts, **tokenizers, scheduler_config=configs["scheduler"], source=source)
+
+
+def _empty(name: str, kind: Any, config: dict[str, Any]) -> Any:
+    """A component with the weights it is born with."""
+    plain = _without_private(config)
+    return kind(CLIPTextConfig(**plain)) if _is_text(name) else kind.from_config(plain)
 
 
 def _without_private(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,10 +254,11 @@ def _without_private(config: dict[str, Any]) -> dict[str, Any]:
 
 def configs_of(family: StableDiffusion) -> Configs:
     """The configurations of a base, as JSON can hold them."""
-    configs: Configs = {"scheduler": {**family.scheduler_config, "_class_name": "DDIMScheduler"}}
+    configs: Configs = {"model_index": {"_class_name": family.pipeline}}
+    configs["scheduler"] = {**family.scheduler_config, "_class_name": "DDIMScheduler"}
     for name, module in family.components().items():
         config: Any = module.config
-        raw = config.to_diff_dict() if name == "text_encoder" else dict(config)
+        raw = config.to_diff_dict() if _is_text(name) else dict(config)
         configs[name] = json.loads(json.dumps(_without_private(raw), default=list))
     return configs
 
@@ -203,8 +269,7 @@ def weights_of(family: StableDiffusion, dtype: torch.dtype) -> dict[str, dict[st
         name: {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
         for name, module in family.components().items()
     }
-    weights["text_encoder"] = canonical_text_keys(weights["text_encoder"])
-    return weights
+    return _canonical_text(weights)
 
 
 def save_diffusers_folder(family: StableDiffusion, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -218,23 +283,33 @@ def save_diffusers_folder(family: StableDiffusion, folder: Path, dtype: torch.dt
 
 def write_folder(folder: Path, configs: Configs, weights: dict[str, dict[str, Tensor]]) -> None:
     """Write configurations and weights as a diffusers folder, whole or not at all."""
+    pipeline = pipeline_of(configs)
     with atomic_folder(folder) as temporary:
-        for name, tensors in weights.items():
+        for name, kind in pipeline.parts.items():
             (temporary / name).mkdir(parents=True)
-            marked = {"_class_name": CLASSES[name], **configs[name]}
-            if name == "text_encoder":
-                marked = {"architectures": [CLASSES[name]], "model_type": "clip_text_model", **configs[name]}
+            marks = {"architectures": [kind.__name__], "model_type": "clip_text_model"}
+            marked = (marks if _is_text(name) else {"_class_name": kind.__name__}) | configs[name]
             _write_json(temporary / name / "config.json", marked)
-            write_safetensors(temporary / name / WEIGHTS[name], tensors, {"format": "pt"})
+            write_safetensors(temporary / name / WEIGHTS[name], weights[name], {"format": "pt"})
         _write_json(temporary / "scheduler" / "scheduler_config.json", configs["scheduler"])
-        (temporary / "tokenizer").mkdir()
-        for file in TOKENIZER.iterdir():
-            (temporary / "tokenizer" / file.name).write_bytes(file.read_bytes())
-        index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-        index |= {"scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-        index |= {name: ["transformers" if name == "text_encoder" else "diffusers", CLASSES[name]] for name in WEIGHTS}
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        _write_json(temporary / "model_index.json", index)
+        for name, pad in pipeline.tokenizers.items():
+            _write_tokenizer(temporary / name, pad)
+        _write_json(temporary / "model_index.json", _model_index(pipeline))
+
+
+def _write_tokenizer(folder: Path, pad: str) -> None:
+    folder.mkdir()
+    for file in TOKENIZER.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = _read_json(folder / "tokenizer_config.json")
+    _write_json(folder / "tokenizer_config.json", config | {"pad_token": pad})
+
+
+def _model_index(pipeline: Pipeline) -> dict[str, Any]:
+    index = {"_class_name": pipeline.family.pipeline, "scheduler": ["diffusers", "DDIMScheduler"], **pipeline.index}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in pipeline.tokenizers}
+    libraries = {name: "transformers" if _is_text(name) else "diffusers" for name in pipeline.parts}
+    return index | {name: [libraries[name], kind.__name__] for name, kind in pipeline.parts.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -19,6 +19,13 @@ TOKENIZER = Path(__file__).parent.parent / "assets" / "clip-tokenizer"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
+def token_ids(captions: Sequence[str], tokenizer: Any, encoder: Any) -> Tensor:
+    """Token ids, padded to a text encoder's window, (B, 77)."""
+    window = encoder.config.max_position_embeddings
+    made = tokenizer(list(captions), padding="max_length", max_length=window, truncation=True, return_tensors="pt")
+    return cast(Tensor, made.input_ids)
+
+
 class StableDiffusion(Family):
     """A base in the standard classes, put together from its parts.
 
@@ -29,8 +36,12 @@ class StableDiffusion(Family):
         tokenizer: captions to tokens.
         scheduler_config: of a diffusers scheduler; its betas and prediction type are the model's.
         source: where the base came from, for messages and metadata.
+
+    Attributes:
+        pipeline: diffusers' class of pipeline for it, which names it in a folder's model_index.json.
     """
 
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
     network: Any
     vae: Any
     text_encoder: Any
@@ -73,28 +84,32 @@ class StableDiffusion(Family):
         shift = self.vae.config.get("shift_factor") or 0.0
         return cast(Tensor, (latents - shift) * self.vae.config["scaling_factor"])
 
+    @property
+    def vae_factor(self) -> int:
+        """How many pixels a latent's side is."""
+        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+
     def start_shape(self, size: int) -> tuple[int, ...]:
-        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        factor = self.vae_factor
         if size % factor:
             raise UserError(f"size {size}: the VAE needs a multiple of {factor}")
         return (self.vae.config["latent_channels"], size // factor, size // factor)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token ids, padded to the encoder's window, (B, 77)."""
-        window = self.text_encoder.config.max_position_embeddings
-        made = self.tokenizer(
-            list(captions), padding="max_length", max_length=window, truncation=True, return_tensors="pt"
-        )
-        return cast(Tensor, made.input_ids)
+        return token_ids(captions, self.tokenizer, self.text_encoder)
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
         ids = self.tokens(captions).to(self.device)
         return {"text": self.text_encoder(ids).last_hidden_state.float()}
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        dtype = self.network.dtype
-        output = self.network(x_t.to(dtype), t, condition["text"].to(dtype)).sample
+        output = self.network(x_t.to(self.network.dtype), t, **self.told(x_t, condition)).sample
         return cast(Tensor, output.float())
+
+    def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the network's call takes beside x_t and t."""
+        return {"encoder_hidden_states": condition["text"].to(self.network.dtype)}
 
     def decode(self, x_0: Tensor) -> Tensor:
         shift = self.vae.config.get("shift_factor") or 0.0
@@ -108,6 +123,22 @@ class StableDiffusion(Family):
         save_diffusers_folder(self, folder, dtype)
 
 
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    """A CLIP text encoder of some width and depth, with CLIP's window of 77 tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 class NewStableDiffusion(StableDiffusion):
     """A U-Net and a CLIP text encoder with random weights around a VAE that was trained before.
 
@@ -116,6 +147,7 @@ class NewStableDiffusion(StableDiffusion):
         channels: U-Net width at each resolution.
         heads: attention heads at each resolution.
         layers: residual and attention blocks at each resolution.
+        text_encoder: a folder with a text encoder that was trained before; none makes a new one.
         text_width: width of the text encoder, and of cross-attention's keys and values.
         text_layers: depth of the text encoder.
         latent_size: side of the latents.
@@ -129,6 +161,7 @@ class NewStableDiffusion(StableDiffusion):
         channels: tuple[int, ...] = (64, 128, 160),
         heads: tuple[int, ...] = (2, 4, 5),
         layers: int = 1,
+        text_encoder: Path | None = None,
         text_width: int = 128,
         text_layers: int = 4,
         latent_size: int = 16,
@@ -153,20 +186,9 @@ class NewStableDiffusion(StableDiffusion):
             norm_num_groups=min(32, channels[0] // 4),
         )
         tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=text_width,
-                intermediate_size=4 * text_width,
-                num_hidden_layers=text_layers,
-                num_attention_heads=max(1, text_width // 32),
-                max_position_embeddings=77,
-                projection_dim=text_width,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        encoder = CLIPTextModel(text_config(tokenizer, text_width, text_layers))
+        if text_encoder is not None:
+            encoder = CLIPTextModel.from_pretrained(text_encoder, local_files_only=True, use_safetensors=True)
         scheduler = {
             "beta_schedule": "scaled_linear",
             "beta_start": 0.00085,
@@ -179,4 +201,4 @@ class NewStableDiffusion(StableDiffusion):
             "set_alpha_to_one": True,
             "steps_offset": 0,
         }
-        super().__init__(unet, trained, text_encoder, tokenizer, scheduler, source="new")
+        super().__init__(unet, trained, encoder, tokenizer, scheduler, source="new")

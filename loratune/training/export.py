@@ -17,6 +17,7 @@ from loratune.families.files import base_hash, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.lora import LoRAFile, LoRALayer, standard_metadata, write_lora
 from loratune.training.autoencoder import AutoencoderModule
+from loratune.training.contrastive import ContrastiveModule
 from loratune.training.ema import averaged
 from loratune.training.lora_module import LoRAModule
 
@@ -28,7 +29,7 @@ class Export(L.Callback):
     """At the end of a run, write what was trained into the run's folder.
 
     A LoRA becomes lora.safetensors, with the recipe and the base's hash inside; a VAE becomes the folder
-    vae/, other weights of a base the folder base/, both in diffusers' layout.
+    vae/, a text encoder text_encoder/, other weights of a base the folder base/, both in diffusers' layout.
 
     Args:
         format: keys of the LoRA file: peft (diffusers' own), or kohya (ComfyUI, A1111, sd-scripts).
@@ -61,6 +62,8 @@ class Export(L.Callback):
             with averaged(trainer, pl_module):
                 pl_module.set_scale(trainer.train_dataloader or [])
                 pl_module.vae.save_pretrained(folder / "vae")
+        elif isinstance(pl_module, ContrastiveModule) and trainer.is_global_zero:
+            pl_module.text_encoder().save_pretrained(folder / "text_encoder")
         elif isinstance(family := getattr(pl_module, "family", None), StableDiffusion) and trainer.is_global_zero:
             with averaged(trainer, pl_module):
                 save_diffusers_folder(family, folder / f"base-{trainer.global_step}", self.dtype)

@@ -10,10 +10,21 @@ import torch
 
 
 class Monitor(L.Callback):
-    """Logs train/grad_norm (before clipping) and train/steps_per_second."""
+    """Says what is trained, and logs train/grad_norm (before clipping) and train/steps_per_second."""
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        counts = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
+        trained, total = sum(n for n, moves in counts if moves), sum(n for n, _ in counts)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        print(
+            f"training {trained:,} of {total:,} parameters on {len(data.training):,} pictures "
+            f"({len(data.held_out):,} held out), {trainer.max_steps:,} steps, into {trainer.default_root_dir}"
+        )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding and the picture's size (Podell 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from loratune.families.base import Condition
+from loratune.families.stable_diffusion import StableDiffusion, token_ids
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion with a second text encoder, and a U-Net that is told more.
+
+    A condition is `text` (B, 77, d1 + d2), the penultimate hidden states of both encoders side by side, and
+    `pooled` (B, p), the projected last state of the second. The sizes are no part of it: they are those of
+    x_t, so what is cached for a caption holds for every size.
+
+    Args:
+        unet: the network; its `addition_embed_type` is `text_time`.
+        vae: pictures to latents and back; it is used in float32, as its activations overflow in float16.
+        text_encoder: captions to vectors of width d1.
+        text_encoder_2: captions to vectors of width d2, and to one of width p.
+        tokenizer: captions to tokens for text_encoder.
+        tokenizer_2: captions to tokens for text_encoder_2.
+        scheduler_config: of a diffusers scheduler; its betas and prediction type are the model's.
+        source: where the base came from, for messages and metadata.
+    """
+
+    pipeline = "StableDiffusionXLPipeline"
+    text_encoder_2: Any
+    tokenizer_2: Any
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        scheduler_config: dict[str, Any],
+        source: str = "",
+    ) -> None:
+        super().__init__(unet, vae, text_encoder, tokenizer, scheduler_config, source)
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+
+    def components(self) -> dict[str, nn.Module]:
+        return super().components() | {"text_encoder_2": self.text_encoder_2}
+
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """What the network is told for each caption: `text` (B, 77, d1 + d2) and `pooled` (B, p).
+
+        An empty caption is told as zeros: SDXL was trained so, and diffusers' pipeline guides away from zeros.
+        """
+        pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        made = [
+            encoder(token_ids(captions, tokenizer, encoder).to(self.device), output_hidden_states=True)
+            for tokenizer, encoder in pairs
+        ]
+        text = torch.cat([one.hidden_states[-2] for one in made], dim=-1).float()
+        empty = torch.tensor([not caption for caption in captions], device=self.device)
+        pooled = made[1].text_embeds.float()
+        return {"text": text.masked_fill(empty[:, None, None], 0), "pooled": pooled.masked_fill(empty[:, None], 0)}
+
+    def time_ids(self, x_t: Tensor) -> Tensor:
+        """Original size, crop's corner and target size in pixels, each height first, (B, 6): x_t's, uncropped."""
+        height, width = (side * self.vae_factor for side in x_t.shape[-2:])
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
+        return ids.expand(len(x_t), -1)
+
+    def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        added = {"text_embeds": condition["pooled"].to(self.network.dtype), "time_ids": self.time_ids(x_t)}
+        return super().told(x_t, condition) | {"added_cond_kwargs": added}
+
+    # Autocast would run the float32 VAE in float16 all the same, and its activations pass 65504 there.
+    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(pixels.device.type, enabled=False):
+            return super().encode_pictures(pixels)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        with torch.autocast(x_0.device.type, enabled=False):
+            return super().decode(x_0)
