@@ -27,7 +27,7 @@ class Monitor(L.Callback):
         )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from loratune.adapters.lora import LoRA, adapted_layers, switch
 from loratune.cli import main
 from loratune.families.files import load_family
 from loratune.formats.lora import LoRAFile, LoRALayer, read_lora, write_lora
+from loratune.recipe import run as run_recipe
 from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
+from loratune.verbs import load_with
 
 
 def predictions(family: object, seed: int = 0) -> torch.Tensor:
@@ -45,7 +49,26 @@ def test_only_b_and_a_are_trained_and_saved(tiny_base: Path) -> None:
     assert sorted(module.state_dict()) == sorted(trained)
 
 
-def test_a_run_leaves_a_lora_that_diffusers_reads(recipe: Path, tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_diffusers_draws_with_the_lora_as_we_do(
+    recipe: Path, tmp_path: Path, tiny_base: Path, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["fit", "-c", str(recipe), "--export.format", format, "--model.lora.text_encoder", "true"]
+    assert main(words) == 0
+    lora = tmp_path / "run" / "lora.safetensors"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipeline.load_lora_weights(lora)
+    assert not [record for record in caplog.records if "key" in record.getMessage().lower()]
+    ours, base = load_with(str(tiny_base), [str(lora)], "cpu"), load_family(str(tiny_base))
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([600])
+    with torch.no_grad():
+        told = pipeline.text_encoder(ours.tokens(["a red disc"])).last_hidden_state
+        theirs = pipeline.unet(x, t, told).sample
+        assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_text(["a red disc"])), atol=1e-5)
+        assert not torch.allclose(theirs, base.denoise(x, t, base.encode_text(["a red disc"])), atol=1e-3)
+
+
+def test_a_run_leaves_a_lora_with_its_recipe(recipe: Path, tmp_path: Path, tiny_base: Path) -> None:
     assert main(["fit", "-c", str(recipe)]) == 0
     run = tmp_path / "run"
     file = read_lora(run / "lora.safetensors")
@@ -99,3 +122,35 @@ def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, format: str
             verify(path, {name: wrong}, format, torch.float16)
     with pytest.raises(Exception, match="do not use this file"):
         verify(path, {name.replace("to_q", "to_k"): layer}, format, torch.float16)
+
+
+def test_tensorboard_has_what_a_run_is_judged_by(recipe: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["--samples.every_n_steps", "3", "--samples.steps", "2", "--samples.prompts", "[a red disc, a blue disc]"]
+    assert main(["fit", "-c", str(recipe), *words]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"train/loss", "train/grad_norm", "train/steps_per_second", "val/loss", "lr-AdamW"}
+    assert wanted <= set(tags["scalars"])
+    assert [event.step for event in events.Images("samples")] == [0, 3, 6]
+    assert {"recipe/text_summary", "samples/prompts/text_summary"} <= set(tags["tensors"])
+    assert len(events.Scalars("train/loss")) == 6
+    first, last = events.Images("samples")[0], events.Images("samples")[-1]
+    assert first.encoded_image_string != last.encoded_image_string
+
+
+def test_the_held_out_loss_is_the_same_whenever_it_is_asked(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    found = []
+    for seed in ("3", "3"):
+        cli = run_recipe(["-c", str(recipe), "--seed_everything", seed], execute=False)
+        found.append(cli.trainer.validate(cli.model, datamodule=cli.datamodule)[0]["val/loss"])
+        torch.randn(7)  # what ran before must not matter
+    assert found[0] == found[1] > 0
+
+
+def test_last_goes_on_where_the_run_stopped(recipe: Path, tmp_path: Path) -> None:
+    assert main(["fit", "-c", str(recipe), "--trainer.max_steps", "3"]) == 0
+    assert main(["fit", "-c", str(recipe), "--ckpt_path", "last"]) == 0
+    assert read_lora(tmp_path / "run" / "lora.safetensors").metadata["loratune.steps"] == "6"

@@ -106,7 +106,7 @@ def test_full_fine_tuning_trains_the_unet_alone(tiny_base: Path) -> None:
 
 
 def test_nonsense_pairs_are_refused(tiny_base: Path) -> None:
-    with pytest.raises(ValueError, match="caption_dropout is 1.5"):
+    with pytest.raises(ValueError, match=r"caption_dropout is 1.5"):
         Objective(caption_dropout=1.5)
     with pytest.raises(ValueError, match="min_snr_gamma is -1"):
         Objective(min_snr_gamma=-1)
