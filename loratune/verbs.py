@@ -23,7 +23,9 @@ from loratune.families.files import (
     Configs,
     configs_of_file,
     find_base,
+    layer_names,
     load_family,
+    pipeline_of,
     read_folder,
     read_single_file,
     write_folder,
@@ -34,7 +36,6 @@ from loratune.formats.checkpoints import (
     architectures,
     describe_unsupported,
     detect,
-    module_names,
     single_file_table,
     to_single_file,
 )
@@ -64,7 +65,7 @@ def pick_device(name: str) -> torch.device:
 def load_with(base: str, lora: Sequence[str], device: str = "auto") -> StableDiffusion:
     """A base with LoRAs added to its weights, ready to draw."""
     family = load_family(base)
-    names = module_names(configs_of_file(find_base(base)))
+    names = layer_names(configs_of_file(find_base(base)))
     merge_into(family.components(), [parse_weighted(text, names) for text in lora])
     return family.requires_grad_(False).eval().to(pick_device(device))
 
@@ -123,13 +124,15 @@ def merge(base: str, lora: Sequence[str], out: Path) -> None:
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out}: is the base itself; give another name")
     configs = configs_of_file(path)
-    loras = [parse_weighted(text, module_names(configs)) for text in lora]
+    loras = [parse_weighted(text, layer_names(configs)) for text in lora]
     single = out.suffix == ".safetensors"
     note = jsons.dumps({"base": base, "loras": [[str(one.path), one.weight] for one in loras]})
     if path.is_dir() and not single:
-        _merge_folder(path, loras, out)
+        _merge_folder(path, configs, loras, out)
     elif path.is_file() and single:
         _merge_file(path, configs, loras, out, note)
+    elif not pipeline_of(configs).original_layout:
+        raise UserError(f"--out {out}: this base is merged into a folder; give a name without .safetensors")
     else:
         _merge_converting(path, loras, out, note)
     changed = len({name for one in loras for name in one.file.layers})
@@ -144,8 +147,8 @@ def _merge_file(path: Path, configs: Configs, loras: Sequence[Weighted], out: Pa
     rewrite(path, out, patches(loras, keys, shapes), {**header.metadata, MERGES_KEY: note})
 
 
-def _merge_folder(path: Path, loras: Sequence[Weighted], out: Path) -> None:
-    components = ("unet", "text_encoder")
+def _merge_folder(path: Path, configs: Configs, loras: Sequence[Weighted], out: Path) -> None:
+    components = [part for part in pipeline_of(configs).parts if part != "vae"]
     headers = {part: read_header(path / part / WEIGHTS[part]) for part in components}
     names = {part: _folder_keys(part, headers[part]) for part in components}
     shapes = {name: headers[part].tensors[key].shape for part in components for name, key in names[part].items()}

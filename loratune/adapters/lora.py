@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; give 1 or more")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha is {self.alpha}; give a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; give 0 or more and less than 1")
@@ -70,7 +71,7 @@ def match_targets(module: nn.Module, pattern: str) -> list[str]:
     """Names of the Linear and Conv2d layers that the pattern matches whole.
 
     Raises:
-        UserError: none; the message lists the kinds of layer that exist.
+        UserError: it matches none; the message lists the kinds of layer that exist.
     """
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     linear_only = pattern == PRESETS["all-linear"]
@@ -80,7 +81,7 @@ def match_targets(module: nn.Module, pattern: str) -> list[str]:
         if re.fullmatch(pattern, name) and not (linear_only and isinstance(module.get_submodule(name), nn.Conv2d))
     ]
     if not found:
-        kinds = sorted({re.sub(r"\d+", "N", name) for name in names})
+        kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names})
         raise UserError(f"lora.targets {pattern!r} matches no layer; there are: {', '.join(kinds)}")
     return found
 

@@ -50,6 +50,9 @@ def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted:
 
 def added(w: Tensor, terms: Sequence[tuple[float, LoRALayer]]) -> Tensor:
     """W_0 plus the weighted terms, computed in float32 and rounded once to W_0's dtype; the shape stays."""
+    terms = [(weight, layer) for weight, layer in terms if weight]  # adding 0.0 would make 0.0 of W_0's -0.0
+    if not terms:
+        return w.clone()
     total = w.to(torch.float32, copy=True)
     for weight, layer in terms:
         total += weight * layer.delta().to(w.device).reshape(w.shape)

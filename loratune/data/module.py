@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -84,6 +83,7 @@ class CaptionedImages(L.LightningDataModule):
         self._check_captions(source)
         encoder = None
         if module.batch_kind == "latents":
+            module.family.start_shape(self.size)  # refuses a size that the VAE cannot halve often enough
             encoder = Encoder(module.family, self.cache, self.size, text=module.text_is_frozen)
             encoder.family.to(self.trainer.strategy.root_device)
         training: list[Entry] = []
@@ -119,7 +119,7 @@ class CaptionedImages(L.LightningDataModule):
                     open_picture(sample.data)
                 else:
                     encoder.prepare(entry, sample.data)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except OSError as error:
                 if self.strict:
                     raise UserError(f"{sample.name}: unreadable ({error}); mend or remove it") from error
                 self.unreadable.append(sample.name)
@@ -132,7 +132,7 @@ class CaptionedImages(L.LightningDataModule):
             log.warning("%d of %d pictures are unreadable and left out: %s", len(self.unreadable), total, listed)
 
     def _is_held_out(self, entry: Entry) -> bool:
-        text = entry.digest if self.split_by == "picture" else entry.caption
+        text = entry.digest if self.split_by == "picture" else entry.caption.removeprefix(self.prefix)
         return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < self.validation_percent
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -45,11 +45,18 @@ class Source:
         image: dict[str, Any] = row["image"] or {}  # an empty cell is an unreadable picture
         data, path = image.get("bytes"), image.get("path")
         if data is None:
-            data = Path(path).read_bytes() if path else b""
+            data = _read(path) if path else b""
         return Sample(path or f"{self.where}, row {index}", data, row["caption"])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_source(path: str, image_column: str = "image", caption_column: str | None = None) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from loratune.formats.checkpoints import (
     describe_unsupported,
     detect,
     from_single_file,
+    module_names,
     module_text_keys,
 )
 from loratune.formats.files import atomic_folder, read_tensors, sha256_file, write_safetensors
@@ -50,6 +51,8 @@ class Pipeline:
         tokenizers: the token that each tokenizer pads with, by its folder.
         index: what else is in its model_index.json.
         float32: components that are loaded in float32 whatever is asked for.
+        original_layout: whether its single-file layout, and kohya's names that go with it, are known here.
+        lora_metadata: how LoRA files for it say what they are for, as `standard_metadata` takes it.
     """
 
     family: type[StableDiffusion]
@@ -57,6 +60,8 @@ class Pipeline:
     tokenizers: Mapping[str, str]
     index: Mapping[str, Any]
     float32: tuple[str, ...] = ()
+    original_layout: bool = True
+    lora_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 _PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -74,6 +79,8 @@ PIPELINES = {
         {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
         {"force_zeros_for_empty_prompt": True, "image_encoder": _NONE, "feature_extractor": _NONE},
         float32=("vae",),
+        original_layout=False,
+        lora_metadata={"base_model": "sdxl_base_v1-0", "architecture": "stable-diffusion-xl-v1-base/lora"},
     ),
 }
 
@@ -81,6 +88,11 @@ PIPELINES = {
 def pipeline_of(configs: Configs) -> Pipeline:
     """What belongs to configurations; those of single files name no pipeline and are Stable Diffusion 1.x."""
     return PIPELINES[configs.get("model_index", {}).get("_class_name", StableDiffusion.pipeline)]
+
+
+def layer_names(configs: Configs) -> tuple[str, ...]:
+    """Canonical names of the layers that a LoRA can adapt, by which kohya's names are understood; () if unknown."""
+    return module_names(configs) if pipeline_of(configs).original_layout else ()
 
 
 def _is_text(component: str) -> bool:

@@ -16,9 +16,14 @@ def open_picture(data: bytes) -> Image.Image:
     Raises:
         OSError: the bytes are no picture, or a damaged one (`PIL.UnidentifiedImageError` included).
     """
-    opened = Image.open(io.BytesIO(data))
-    opened.load()
-    picture: Image.Image = ImageOps.exif_transpose(opened)
+    try:
+        opened = Image.open(io.BytesIO(data))
+        opened.load()
+        picture: Image.Image = ImageOps.exif_transpose(opened)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage makes Pillow raise SyntaxError, ValueError, TypeError and its own kinds, too
+        raise OSError(f"damaged: {error}") from error
     if picture.mode in ("I;16", "I;16B", "I"):
         # PIL clips 16-bit greys to 255 instead of scaling them.
         picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().astype("uint8"))

@@ -84,8 +84,9 @@ class DiffusionModule(L.LightningModule):
     @property
     def text_is_frozen(self) -> bool:
         """Whether captions can be encoded once and cached."""
-        encoder = self.family.components().get("text_encoder")
-        return encoder is None or not any(p.requires_grad for p in encoder.parameters())
+        parts = self.family.components().items()
+        encoders = [module for name, module in parts if name.startswith("text_encoder")]
+        return not any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer moves."""

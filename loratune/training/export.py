@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loratune import __version__
 from loratune.errors import UserError
-from loratune.families.files import base_hash, save_diffusers_folder
+from loratune.families.files import PIPELINES, base_hash, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.lora import LoRAFile, LoRALayer, standard_metadata, write_lora
 from loratune.training.autoencoder import AutoencoderModule
@@ -79,6 +79,8 @@ class Export(L.Callback):
 
     def _metadata(self, trainer: L.Trainer, module: LoRAModule) -> dict[str, str]:
         lora = module.lora
+        family = module.family
+        kind = PIPELINES[family.pipeline].lora_metadata if isinstance(family, StableDiffusion) else {}
         title = Path(trainer.default_root_dir).name
         made = {
             "loratune.version": __version__,
@@ -88,7 +90,7 @@ class Export(L.Callback):
             "loratune.targets": lora.targets,
             RECIPE_KEY: self.recipe,
         }
-        return standard_metadata(rank=lora.rank, alpha=lora.scaled_alpha, name=title) | made
+        return standard_metadata(rank=lora.rank, alpha=lora.scaled_alpha, name=title, **kind) | made
 
 
 def verify(path: Path, layers: dict[str, LoRALayer], format: str, dtype: torch.dtype) -> None:

@@ -35,10 +35,11 @@ class LoRAModule(DiffusionModule):
         self.lora = lora
         components = self.family.components()
         inject(self.family.network, lora, lora.pattern)
-        if lora.text_encoder:
-            if "text_encoder" not in components:
-                raise ValueError("lora.text_encoder: this base has no text encoder")
-            inject(components["text_encoder"], lora, TEXT_TARGETS)
+        encoders = [module for name, module in components.items() if name.startswith("text_encoder")]
+        if lora.text_encoder and not encoders:
+            raise ValueError("lora.text_encoder: this base has no text encoder")
+        for encoder in encoders if lora.text_encoder else ():
+            inject(encoder, lora, TEXT_TARGETS)
         for name, parameter in self.family.named_parameters():
             parameter.requires_grad_("lora_" in name)
 

@@ -47,4 +47,4 @@ def optimizer_and_schedule(
     made = optimizer(parameters)
     total = int(module.trainer.estimated_stepping_batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule.factor(step, total))
-    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
