@@ -46,6 +46,7 @@ from loratune.formats.pictures import to_picture
 from loratune.report.grids import grid
 
 MERGES_KEY = "loratune.merged"
+TEXTS = (".json", ".txt")
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,7 +129,7 @@ def merge(base: str, lora: Sequence[str], out: Path) -> None:
     single = out.suffix == ".safetensors"
     note = jsons.dumps({"base": base, "loras": [[str(one.path), one.weight] for one in loras]})
     if path.is_dir() and not single:
-        _merge_folder(path, configs, loras, out)
+        _merge_folder(path, configs, loras, out, note)
     elif path.is_file() and single:
         _merge_file(path, configs, loras, out, note)
     elif not pipeline_of(configs).original_layout:
@@ -147,14 +148,15 @@ def _merge_file(path: Path, configs: Configs, loras: Sequence[Weighted], out: Pa
     rewrite(path, out, patches(loras, keys, shapes), {**header.metadata, MERGES_KEY: note})
 
 
-def _merge_folder(path: Path, configs: Configs, loras: Sequence[Weighted], out: Path) -> None:
+def _merge_folder(path: Path, configs: Configs, loras: Sequence[Weighted], out: Path, note: str) -> None:
     components = [part for part in pipeline_of(configs).parts if part != "vae"]
     headers = {part: read_header(path / part / WEIGHTS[part]) for part in components}
     names = {part: _folder_keys(part, headers[part]) for part in components}
     shapes = {name: headers[part].tensors[key].shape for part in components for name, key in names[part].items()}
     terms_by_layer(loras, shapes)  # told before anything is written
     with atomic_folder(out) as temporary:
-        skipped = {path / part / WEIGHTS[part] for part in components}
+        # Other copies of the weights (half precision, pickles) would stay unmerged beside the merged ones.
+        skipped = {file for part in components for file in (path / part).iterdir() if file.suffix not in TEXTS}
         for file in sorted(path.rglob("*")):
             if file.is_file() and file not in skipped:
                 (temporary / file.relative_to(path)).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ def _merge_folder(path: Path, configs: Configs, loras: Sequence[Weighted], out: 
             made = patches(own, names[part], {key: info.shape for key, info in headers[part].tensors.items()})
             target = temporary / part / WEIGHTS[part]
             target.parent.mkdir(parents=True, exist_ok=True)
-            rewrite(path / part / WEIGHTS[part], target, made, headers[part].metadata)
+            rewrite(path / part / WEIGHTS[part], target, made, {**headers[part].metadata, MERGES_KEY: note})
 
 
 def _folder_keys(part: str, header: Header) -> dict[str, str]:

@@ -137,7 +137,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"base {name}: no such folder here, and the hub did not give it: {reason}") from error
 
 

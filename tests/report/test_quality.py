@@ -95,15 +95,15 @@ def test_chance_follows_the_candidates_and_the_seed_the_draw() -> None:
     assert len(set(rates)) > 1
 
 
-def test_the_right_picture_is_never_among_the_others() -> None:
-    # Every real alike but the right one's own sample: were the right one drawn as another too, nothing changes;
-    # were it left out, the sample's own picture would not be found.
-    reals = torch.zeros(20, 3, 16, 16)
+def test_every_other_picture_is_a_candidate_where_all_are_drawn() -> None:
+    sample = torch.zeros(1, 3, 16, 16)
     for right in range(20):
-        reals[:] = 0
-        reals[right] = 1
-        assert nearest_rate(reals[right : right + 1], reals, torch.tensor([right])) == 1.0
-        assert nearest_rate(torch.zeros(1, 3, 16, 16), reals, torch.tensor([right])) == 0.0
+        for nearer in {0, (right + 1) % 20, (right - 1) % 20, 19} - {right}:
+            reals = torch.ones(20, 3, 16, 16)
+            reals[right] = 0.5
+            assert nearest_rate(sample, reals, torch.tensor([right])) == 1.0
+            reals[nearer] = 0.1
+            assert nearest_rate(sample, reals, torch.tensor([right])) == 0.0
 
 
 def test_too_few_reals() -> None:
