@@ -121,6 +121,8 @@ class RecipeCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             given = config.get("config")
             config.trainer.default_root_dir = str(Path("runs") / (Path(str(given[-1])).stem if given else "run"))
+        if self.subcommand and config.get("weights_only") is None:
+            config.weights_only = True  # a checkpoint is data; nothing in it is run
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
 

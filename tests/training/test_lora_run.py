@@ -150,7 +150,23 @@ def test_the_held_out_loss_is_the_same_whenever_it_is_asked(recipe: Path, tmp_pa
     assert found[0] == found[1] > 0
 
 
-def test_last_goes_on_where_the_run_stopped(recipe: Path, tmp_path: Path) -> None:
+def test_last_goes_on_where_the_run_stopped(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["fit", "-c", str(recipe), "--trainer.max_steps", "3"]) == 0
+    loaded, load = [], torch.load
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loaded.append(kwargs.get("weights_only"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
     assert main(["fit", "-c", str(recipe), "--ckpt_path", "last"]) == 0
     assert read_lora(tmp_path / "run" / "lora.safetensors").metadata["loratune.steps"] == "6"
+    assert loaded
+    assert all(loaded)
+
+
+def test_the_last_checkpoint_is_of_the_last_step(recipe: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint.every_n_train_steps", "4", "--data.validation_percent", "0"]
+    assert main(["fit", "-c", str(recipe), *words]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 6
