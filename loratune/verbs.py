@@ -166,7 +166,8 @@ def _merge_folder(path: Path, configs: Configs, loras: Sequence[Weighted], out: 
             made = patches(own, names[part], {key: info.shape for key, info in headers[part].tensors.items()})
             target = temporary / part / WEIGHTS[part]
             target.parent.mkdir(parents=True, exist_ok=True)
-            rewrite(path / part / WEIGHTS[part], target, made, {**headers[part].metadata, MERGES_KEY: note})
+            source, metadata = path / part / WEIGHTS[part], headers[part].metadata
+            rewrite(source, target, made, {**metadata, MERGES_KEY: note} if made else metadata)
 
 
 def _folder_keys(part: str, header: Header) -> dict[str, str]:

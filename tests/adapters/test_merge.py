@@ -186,8 +186,16 @@ def test_weight_0_leaves_every_byte(made: Made, tmp_path: Path) -> None:
     with_negative_zeros(unet, unet)
     merge(str(folder), [f"{made.files['two']}:0"], tmp_path / "merged")
     for file in folder.rglob("*"):
-        if file.is_file():
-            assert (tmp_path / "merged" / file.relative_to(folder)).read_bytes() == file.read_bytes(), file
+        merged = tmp_path / "merged" / file.relative_to(folder)
+        if file.suffix == ".safetensors":
+            assert raw(merged) == raw(file), file
+        elif file.is_file():
+            assert merged.read_bytes() == file.read_bytes(), file
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another copy")
+    merge(str(folder), [f"{made.files['two']}:1"], tmp_path / "once")
+    names = {path.name for path in (tmp_path / "once" / "unet").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert MERGES_KEY in read_header(tmp_path / "once" / "unet" / "diffusion_pytorch_model.safetensors").metadata
 
 
 def test_what_is_not_merged_keeps_its_bytes_and_its_place(made: Made, tmp_path: Path) -> None:
