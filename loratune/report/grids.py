@@ -44,6 +44,20 @@ def grid(
     return sheet
 
 
+def captioned(
+    pictures: Sequence[Image.Image], captions: Sequence[str], across: int = 4, cell: int = 128
+) -> Image.Image:
+    """Pictures in rows of `across`, each below its caption."""
+    starts = range(0, len(pictures), across)
+    rows = [grid([pictures[i : i + across]], captions[i : i + across], cell=cell) for i in starts]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), PAPER)
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> str:
     lines = [""]
     for word in text.split():

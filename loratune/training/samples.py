@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from loratune.families.base import Family
 from loratune.families.sampling import draw
+from loratune.formats.pictures import to_picture
+from loratune.report.grids import captioned
 from loratune.training.ema import averaged
 
 
@@ -74,9 +76,10 @@ class SampleGrid(L.Callback):
                 self.sampler,
             )
         pl_module.train(was_training)
+        sheet = captioned([to_picture(one) for one in pixels], prompts, cell=max(128, pixels.shape[-1]))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", tile(pixels), step)
+                logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
                 if step == 0:
                     logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
 
@@ -85,8 +88,3 @@ def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     entries = data.held_out.entries or data.training.entries
     return [entry.caption for entry in entries[:most]]
-
-
-def tile(pixels: Tensor) -> Tensor:
-    """Pictures side by side: (B, 3, H, W) in [-1, 1] -> (3, H, B W) in [0, 1]."""
-    return ((pixels.float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0, 3).flatten(2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loratune.report.grids import MARGIN, PAPER, grid
+from loratune.report.grids import MARGIN, PAPER, captioned, grid
 
 CELL = 32
 STEP = CELL + MARGIN
@@ -81,3 +81,12 @@ def test_short_rows_leave_cells_empty() -> None:
     sheet = np.asarray(grid(rows, cell=CELL))
     assert sheet.shape == (2 * STEP + MARGIN, 3 * STEP + MARGIN, 3)
     assert (sheet[STEP + MARGIN :, STEP + MARGIN :] == PAPER).all()
+
+
+def test_captioned_puts_every_picture_in_rows() -> None:
+    colours = [(10 * i, 200, 255 - 10 * i) for i in range(6)]
+    sheet = captioned([Image.new("RGB", (32, 32), colour) for colour in colours], list("abcdef"), 4, 32)
+    found = {colour for _, colour in sheet.getcolors(10**6) or []}
+    assert set(colours) <= found
+    assert sheet.height > 2 * 32
+    assert sheet.width == grid([[Image.new("RGB", (32, 32))] * 4], cell=32).width
