@@ -142,11 +142,11 @@ def test_tensorboard_has_what_a_run_is_judged_by(recipe: Path, tmp_path: Path) -
 
 
 def test_the_held_out_loss_is_the_same_whenever_it_is_asked(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    cli = run_recipe(["-c", str(recipe)], execute=False)
     found = []
-    for seed in ("3", "3"):
-        cli = run_recipe(["-c", str(recipe), "--seed_everything", seed], execute=False)
+    for _ in range(2):
         found.append(cli.trainer.validate(cli.model, datamodule=cli.datamodule)[0]["val/loss"])
-        torch.randn(7)  # what ran before must not matter
+        torch.randn(7)  # moves the global generator, which must not matter
     assert found[0] == found[1] > 0
 
 
