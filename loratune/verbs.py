@@ -17,28 +17,12 @@ from torch import Tensor
 
 from loratune.adapters.merge import Weighted, added, merge_into, parse_weighted, patches, terms_by_layer
 from loratune.errors import UserError
-from loratune.families.files import (
-    CONFIGS_KEY,
-    WEIGHTS,
-    Configs,
-    configs_of_file,
-    find_base,
-    layer_names,
-    load_family,
-    pipeline_of,
-    read_folder,
-    read_single_file,
-    write_folder,
-)
+from loratune.families.files import layer_names, load_family, pipeline_of, read_folder, read_single_file, write_folder
 from loratune.families.sampling import draw, make_sampler
 from loratune.families.stable_diffusion import StableDiffusion
-from loratune.formats.checkpoints import (
-    architectures,
-    describe_unsupported,
-    detect,
-    single_file_table,
-    to_single_file,
-)
+from loratune.formats.architectures import architectures, describe_unsupported, detect, single_file_table
+from loratune.formats.bases import CONFIGS_KEY, WEIGHTS, Configs, configs_of_file, find_base
+from loratune.formats.checkpoints import to_single_file
 from loratune.formats.files import atomic_folder, rewrite, write_safetensors
 from loratune.formats.headers import Header, read_header
 from loratune.formats.lora import detect_format, read_lora
@@ -227,7 +211,7 @@ def describe_lora(file: Path, header: Header) -> dict[str, Any]:
     norms: dict[str, float] = {}
     for name, layer in lora.layers.items():
         block = ".".join(name.split(".")[: 3 if "_blocks" in name.split(".")[1] else 2])
-        norms[block] = (norms.get(block, 0.0) ** 2 + float(layer.delta().square().sum())) ** 0.5
+        norms[block] = (norms.get(block, 0.0) ** 2 + float(layer.matrix().square().sum())) ** 0.5
     ours = {key.removeprefix("loratune."): value for key, value in lora.metadata.items() if key.startswith("loratune.")}
     return {
         "file": str(file),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from loratune.cli import RECIPE_VERBS, VERBS, main
-from loratune.formats.lora import LoRAFile, LoRALayer, write_lora
+from loratune.formats.lora import LoRAFile, write_lora
+from loratune.formats.lora_layers import LoRALayer
 
 NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 

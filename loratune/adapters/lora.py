@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from loratune.errors import UserError
-from loratune.formats.lora import LoRALayer
+from loratune.formats.lora_layers import LoRALayer
 
 ADAPTER = "default"
 PRESETS = {

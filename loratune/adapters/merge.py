@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from loratune.adapters.lora import canonical
 from loratune.errors import UserError
-from loratune.formats.lora import LoRAFile, LoRALayer, read_lora
+from loratune.formats.lora import LoRAFile, read_lora
+from loratune.formats.lora_layers import LoRALayer
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def added(w: Tensor, terms: Sequence[tuple[float, LoRALayer]]) -> Tensor:
     if not terms:
         return w.clone()
     total = w.to(torch.float32, copy=True)
+    start = w.to(torch.float32)
     for weight, layer in terms:
-        total += weight * layer.delta().to(w.device).reshape(w.shape)
+        total += weight * layer.change(start)
     return total.to(w.dtype)
 
 

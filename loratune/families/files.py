@@ -16,29 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from loratune.errors import UserError
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.families.stable_diffusion import TOKENIZER, StableDiffusion
-from loratune.formats.checkpoints import (
-    architectures,
-    canonical_text_keys,
-    describe_unsupported,
-    detect,
-    from_single_file,
-    module_names,
-    module_text_keys,
-)
+from loratune.formats.architectures import module_names
+from loratune.formats.bases import WEIGHTS, Configs, configs_of_file, find_base, folder_configs, read_json
+from loratune.formats.checkpoints import canonical_text_keys, from_single_file, module_text_keys
 from loratune.formats.files import atomic_folder, read_tensors, sha256_file, write_safetensors
-from loratune.formats.headers import read_header
-
-ASSETS = Path(__file__).parent.parent / "assets"
-CONFIGS_KEY = "loratune.configs"
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "text_encoder_2": "model.safetensors",
-}
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-Configs = dict[str, dict[str, Any]]
-"""Configurations by component, the scheduler's among them; `model_index` has the pipeline's `_class_name`."""
 
 
 @dataclass(frozen=True)
@@ -99,48 +80,6 @@ def _is_text(component: str) -> bool:
     return component.startswith("text_encoder")
 
 
-def builtin_names() -> list[str]:
-    """Names of the embedded bases."""
-    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
-
-
-def find_base(name: str) -> Path:
-    """The folder or file that a base's name stands for.
-
-    Args:
-        name: `builtin:NAME`, a diffusers folder, a `.safetensors` file, or a hub id such as `owner/model`.
-
-    Raises:
-        UserError: there is no such base, or it is a pickle.
-    """
-    if name.startswith("builtin:"):
-        folder = ASSETS / name.removeprefix("builtin:")
-        if name.removeprefix("builtin:") not in builtin_names():
-            raise UserError(f"base {name}: there is no such embedded base; there is {builtin_names()}")
-        return folder
-    path = Path(name).expanduser()
-    if path.suffix in PICKLES:
-        raise UserError(f"{path}: a pickle can run any code when it is opened; only .safetensors files are loaded")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: no model_index.json, so this is no diffusers folder")
-    if path.exists():
-        return path
-    if path.suffix or path.is_absolute() or name.count("/") != 1:
-        raise UserError(f"base {name}: no such file or folder (nor builtin:NAME, nor a hub id owner/model)")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]))
-    except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"base {name}: no such folder here, and the hub did not give it: {reason}") from error
-
-
 def base_hash(name: str) -> str:
     """sha256 of the file that holds a base's U-Net, as sd-scripts hashes models; "" for a base made in code."""
     try:
@@ -171,50 +110,15 @@ def tokenizers_of(path: Path, pipeline: Pipeline) -> dict[str, CLIPTokenizer]:
     }
 
 
-def configs_of_file(path: Path) -> Configs:
-    """The configurations of a base, read without its weights.
-
-    Raises:
-        UserError: it is no checkpoint that is known.
-    """
-    if path.is_dir():
-        return _folder_configs(path)
-    header = read_header(path)
-    if carried := header.metadata.get(CONFIGS_KEY):
-        return dict(json.loads(carried))
-    if found := detect(header):
-        return architectures()[found]
-    kind = describe_unsupported(header) or "not a checkpoint that is known here"
-    raise UserError(f"{path}: {kind}; a base must be a Stable Diffusion 1.x checkpoint")
-
-
-def _folder_configs(folder: Path) -> Configs:
-    name = _read_json(folder / "model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{folder}: it is for {name}, which is not supported; there is {', '.join(PIPELINES)}")
-    configs = {"model_index": {"_class_name": name}}
-    configs["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
-    return configs | {part: _read_json(folder / part / "config.json") for part in PIPELINES[name].parts}
-
-
 def read_folder(folder: Path) -> tuple[Configs, dict[str, dict[str, Tensor]]]:
     """Configurations and weights of a diffusers folder, by component; text keys in their canonical form."""
-    configs = _folder_configs(folder)
+    configs = folder_configs(folder)
     weights = {part: read_tensors(folder / part / WEIGHTS[part]) for part in pipeline_of(configs).parts}
     return configs, _canonical_text(weights)
 
 
 def _canonical_text(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     return {part: canonical_text_keys(held) if _is_text(part) else held for part, held in weights.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; the base is not complete") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_single_file(path: Path) -> tuple[Configs, dict[str, dict[str, Tensor]]]:
@@ -313,7 +217,7 @@ def _write_tokenizer(folder: Path, pad: str) -> None:
     folder.mkdir()
     for file in TOKENIZER.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     _write_json(folder / "tokenizer_config.json", config | {"pad_token": pad})
 
 

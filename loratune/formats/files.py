@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.formats.headers import DTYPES, Header, TensorInfo, dtype_name, header_bytes, read_header
+from loratune.formats.headers import Header, TensorInfo, header_bytes, read_header
 
 __all__ = [
     "Header",
@@ -33,6 +33,36 @@ __all__ = [
 ]
 
 CHUNK = 1 << 20  # bytes copied or hashed at a time
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype.
+
+    Raises:
+        ValueError: the format has no such dtype.
+    """
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise ValueError(f"safetensors files cannot hold {dtype}")
 
 
 def read_tensors(path: Path | str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loratune.errors import UserError
 from loratune.formats.files import read_header, read_tensors, write_safetensors
+from loratune.formats.lora_layers import LoRALayer
 from loratune.formats.lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
@@ -28,55 +29,6 @@ from loratune.formats.lora_names import (
 
 Format = Literal["peft", "kohya"]
 OURS = (ADAPTER_METADATA, "format")  # metadata of the format, not of the LoRA
-
-
-@dataclass(frozen=True, eq=False)
-class LoRALayer:
-    """B and A beside one W_0: h = W_0 x + (alpha / r) B A x (Hu 2021, section 4.1).
-
-    Args:
-        down: A, shape (r, in) beside a Linear and (r, in, k, k) beside a convolution.
-        up: B, shape (out, r) or (out, r, 1, 1).
-        alpha: the scale is alpha / r.
-
-    Raises:
-        ValueError: the shapes do not fit one another.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    def __post_init__(self) -> None:
-        """Check the shapes."""
-        down, up = tuple(self.down.shape), tuple(self.up.shape)
-        fits = len(down) == len(up) and len(down) in (2, 4) and up[2:] in ((), (1, 1))
-        if not fits or up[1] != down[0] or 0 in (*down, *up):
-            raise ValueError(
-                f"down {down} and up {up} are not (r, in) and (out, r), or (r, in, k, k) and (out, r, 1, 1)"
-            )
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both are the same bit for bit, dtypes included."""
-        if not isinstance(other, LoRALayer):
-            return NotImplemented
-        pairs = ((self.down, other.down), (self.up, other.up))
-        return self.alpha == other.alpha and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """Delta W = (alpha / r) B A in float32 and in W_0's shape: (out, in) or (out, in, k, k)."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.reshape(self.up.shape[0], *self.down.shape[1:])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
-from loratune.formats.checkpoints import architectures, canonical_text_name, module_names
+from loratune.formats.architectures import architectures, canonical_text_name, module_names
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 ADAPTER_METADATA = "lora_adapter_metadata"

@@ -15,7 +15,8 @@ from loratune import __version__
 from loratune.errors import UserError
 from loratune.families.files import PIPELINES, base_hash, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
-from loratune.formats.lora import LoRAFile, LoRALayer, standard_metadata, write_lora
+from loratune.formats.lora import LoRAFile, standard_metadata, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.ema import averaged

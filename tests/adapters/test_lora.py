@@ -169,7 +169,7 @@ def test_a_convolution_computes_the_formula() -> None:
     wanted = nn.functional.conv2d(x, parts["w"] + delta, parts["bias"], padding=1)
     assert torch.allclose(parts["holder"].eval()["layer"](x), wanted, atol=1e-5)  # type: ignore[attr-defined]
     layer = collect({"unet": parts["holder"]})["unet.layer"]  # type: ignore[dict-item]
-    assert torch.allclose(layer.delta(), delta, atol=1e-6)
+    assert torch.allclose(layer.matrix().view_as(delta), delta, atol=1e-6)
 
 
 def test_a_layer_within_the_network_computes_the_formula(family: StableDiffusion) -> None:

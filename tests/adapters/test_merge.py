@@ -17,9 +17,11 @@ from loratune.adapters.lora import LoRA, adapted_layers, switch
 from loratune.adapters.merge import added, merge_into, parse_weighted
 from loratune.errors import UserError
 from loratune.families.base import Family
-from loratune.families.files import CONFIGS_KEY, load_family
+from loratune.families.files import load_family
+from loratune.formats.bases import CONFIGS_KEY
 from loratune.formats.headers import read_header
-from loratune.formats.lora import LoRAFile, LoRALayer, write_lora
+from loratune.formats.lora import LoRAFile, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.training.lora_module import LoRAModule
 from loratune.verbs import MERGES_KEY, load_with, merge
 

@@ -15,9 +15,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from loratune.adapters.lora import TEXT_TARGETS, LoRA, adapted_layers, collect, inject
 from loratune.errors import UserError
-from loratune.families.files import ASSETS, load_family, save_diffusers_folder
+from loratune.families.files import load_family, save_diffusers_folder
 from loratune.families.sampling import draw
 from loratune.families.sdxl import StableDiffusionXL
+from loratune.formats.bases import ASSETS
 from loratune.formats.lora import LoRAFile, write_lora
 from loratune.training.lora_module import LoRAModule
 

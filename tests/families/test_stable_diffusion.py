@@ -14,10 +14,12 @@ from torch import Tensor
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families.base import join_conditions, repeat_condition
-from loratune.families.files import builtin_names, configs_of, find_base, load_family, weights_of
+from loratune.families.files import configs_of, load_family, weights_of
 from loratune.families.stable_diffusion import NewStableDiffusion, StableDiffusion
+from loratune.formats.bases import builtin_names, find_base
 from loratune.formats.files import write_safetensors
-from loratune.formats.lora import LoRAFile, LoRALayer, write_lora
+from loratune.formats.lora import LoRAFile, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.verbs import merge
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]

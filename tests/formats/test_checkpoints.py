@@ -11,22 +11,19 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from loratune.errors import UserError
-from loratune.formats.checkpoints import (
+from loratune.formats.architectures import (
     IGNORED,
     architectures,
-    canonical_text_keys,
     describe_unsupported,
     detect,
     file_shapes,
-    from_single_file,
     module_names,
-    module_text_keys,
     single_file_table,
     text_table,
-    to_single_file,
     unet_table,
     vae_table,
 )
+from loratune.formats.checkpoints import canonical_text_keys, from_single_file, module_text_keys, to_single_file
 from loratune.formats.headers import Header, TensorInfo
 
 DATA = Path(__file__).parent / "data"

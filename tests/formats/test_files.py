@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune.errors import UserError
 from loratune.formats.files import (
+    DTYPES,
     atomic_folder,
     atomic_path,
     read_header,
@@ -20,7 +21,6 @@ from loratune.formats.files import (
     tensors_hash,
     write_safetensors,
 )
-from loratune.formats.headers import DTYPES
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -14,16 +14,10 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loratune.errors import UserError
-from loratune.formats.checkpoints import architectures, canonical_text_name, module_names
+from loratune.formats.architectures import architectures, canonical_text_name, module_names
 from loratune.formats.files import read_header, read_tensors
-from loratune.formats.lora import (
-    LoRAFile,
-    LoRALayer,
-    detect_format,
-    read_lora,
-    standard_metadata,
-    write_lora,
-)
+from loratune.formats.lora import LoRAFile, detect_format, read_lora, standard_metadata, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.formats.lora_names import kohya_names
 
 DATA = Path(__file__).parent / "data"
@@ -91,15 +85,17 @@ def test_kohya_folds_alphas_without_changing_what_a_layer_adds(tmp_path, lora, a
 
 def test_what_a_layer_adds_is_the_formula_of_the_paper():
     part = layer(3, 4, 5, 1.5)
-    torch.testing.assert_close(part.delta(), 0.5 * part.up @ part.down)
+    torch.testing.assert_close(part.matrix(), 0.5 * part.up @ part.down)
     assert (part.rank, part.scale) == (3, 0.5)
     conv = layer(3, 4, 5, 1.5, torch.float16, kernel=3)
     pictures = torch.randn(2, 4, 6, 6)
     inside = torch.nn.functional.conv2d(pictures, conv.down.float(), padding=1)
     expected = 0.5 * torch.nn.functional.conv2d(inside, conv.up.float())
-    found = torch.nn.functional.conv2d(pictures, conv.delta(), padding=1)
+    found = torch.nn.functional.conv2d(
+        pictures, conv.matrix().reshape(conv.up.shape[0], *conv.down.shape[1:]), padding=1
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert conv.delta().dtype == torch.float32
+    assert conv.matrix().dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -208,7 +204,7 @@ def outputs(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def add(pipeline, lora: LoRAFile) -> None:
     for name, part in lora.layers.items():
-        parts_of(pipeline)[name].weight += part.delta().double()
+        parts_of(pipeline)[name].weight += part.matrix().double().view_as(parts_of(pipeline)[name].weight)
 
 
 def check_in_diffusers(pipeline, lora: LoRAFile, path: Path) -> None:
@@ -219,7 +215,7 @@ def check_in_diffusers(pipeline, lora: LoRAFile, path: Path) -> None:
     assert live.keys() == lora.layers.keys()
     for name, part in lora.layers.items():
         found = live[name].get_delta_weight("default_0").float()
-        torch.testing.assert_close(found, part.delta(), rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(found, part.matrix().view_as(found), rtol=1e-5, atol=1e-6, msg=name)
     loaded = outputs(pipeline)
     pipeline.unload_lora_weights()
     add(pipeline, lora)

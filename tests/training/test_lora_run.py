@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from loratune.adapters.lora import LoRA, adapted_layers, switch
 from loratune.cli import main
 from loratune.families.files import load_family
-from loratune.formats.lora import LoRAFile, LoRALayer, read_lora, write_lora
+from loratune.formats.lora import LoRAFile, read_lora, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.recipe import run as run_recipe
 from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
