@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,37 @@ def entries(
     for component, prefix in PREFIXES.items():
         for key, (ldm, shape, file_shape) in _tensors(component, configs[component]).items():
             yield component, key, prefix + ldm, shape, file_shape
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a component's tensor lies in the single file.
+
+    Args:
+        key: the file's tensor, whole.
+        shape: of the file's tensor.
+        rows: the part of the file's tensor that it is, [start, stop) of the first dimension; None for all of it
+            (OpenCLIP keeps q, k and v in one).
+        transposed: whether the file has it with rows and columns changed.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+def places(configs: Mapping[str, Config]) -> dict[str, Place]:
+    """Where every tensor lies in the single file, by canonical name with component (`unet.conv_in.weight`)."""
+    return {f"{part}.{key}": Place(full, file_shape) for part, key, full, _, file_shape in entries(configs)}
+
+
+def original_names(configs: Mapping[str, Config]) -> dict[str, str]:
+    """The original layout's name, without prefix, of every layer of the U-Net by its canonical one.
+
+    `unet.down_blocks.0.attentions.0.proj_in` is `input_blocks.1.1.proj_in`.
+    """
+    return {f"unet.{layer.name}": layer.ldm for layer in LAYERS["unet"](configs["unet"])}
 
 
 def file_shapes(configs: Mapping[str, Config]) -> dict[str, tuple[int, ...]]:
