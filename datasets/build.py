@@ -2,8 +2,9 @@
 
 Needs npm (to fetch the icon packages) and `pip install resvg-py` (to draw them).
 
-base  datasets/base-SIZE.parquet: Noto ("red apple") and Fluent flat ("red apple, flat style"),
-      the pictures that the embedded base is trained on. Not committed.
+base  datasets/base-SIZE.parquet: Noto ("red apple") and Fluent flat ("red apple, flat style") of
+      the first things (--things) of the categories of ink, those of ink before all others: the
+      pictures that the embedded base is trained on. Not committed.
 ink   datasets/ink/ and datasets/ink-heldout/: Fluent high contrast, the black-ink style of the
       quickstart, with captions that the base knows from the other drawings. Committed.
       datasets/noto-heldout/: what the base has seen for the captions of ink-heldout.
@@ -91,12 +92,19 @@ def shared_names(sets: dict[str, dict[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
-def build_base(sets: dict[str, dict[str, Any]], size: int) -> Path:
-    """Both drawings of every shared name, as one parquet file with columns image and caption."""
+def things(sets: dict[str, dict[str, Any]]) -> list[str]:
+    """Names drawn in every style, of the categories that ink takes, by a stable hash."""
+    categories = sets["fluent-emoji-high-contrast"]["categories"]
+    wanted = {name for category in INK_CATEGORIES for name in categories[category]}
+    return [name for name in shared_names(sets) if name in wanted]
+
+
+def build_base(sets: dict[str, dict[str, Any]], size: int, count: int) -> Path:
+    """Both drawings of the first `count` things, as one parquet file with columns image and caption."""
     from datasets import Dataset, Features, Image, Value
 
     def rows() -> Iterator[dict[str, Any]]:
-        for name in shared_names(sets):
+        for name in things(sets)[:count]:
             for source in ("noto", "fluent-emoji-flat"):
                 picture = {"bytes": draw(sets[source], name, size), "path": f"{source}/{name}.png"}
                 yield {"image": picture, "caption": caption(name) + SOURCES[source][2]}
@@ -120,8 +128,7 @@ def write_folder(folder: Path, pictures: dict[str, bytes]) -> None:
 def build_ink(sets: dict[str, dict[str, Any]], size: int) -> None:
     """The quickstart's style in two folders that share no caption, and Noto's drawings of the second."""
     ink, noto = sets["fluent-emoji-high-contrast"], sets["noto"]
-    wanted = {name for category in INK_CATEGORIES for name in ink["categories"][category]}
-    names = [name for name in shared_names(sets) if name in wanted]
+    names = things(sets)
     held_out, training = names[:INK_HELD_OUT], names[INK_HELD_OUT : INK_HELD_OUT + INK_TRAINING]
     write_folder(HERE / "ink", {name: draw(ink, name, size) for name in training})
     write_folder(HERE / "ink-heldout", {name: draw(ink, name, size) for name in held_out})
@@ -133,11 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["base", "ink"])
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--things", type=int, default=500, help="for base: how many")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sets = {source: fetch(source, Path(folder)) for source in SOURCES}
     if "base" in options.what:
-        print(build_base(sets, options.size))
+        print(build_base(sets, options.size, options.things))
     if "ink" in options.what:
         build_ink(sets, options.size)
         print(HERE / "ink", HERE / "ink-heldout", HERE / "noto-heldout")

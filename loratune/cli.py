@@ -98,8 +98,8 @@ def measure(
     """Measure a base or a LoRA on real captioned pictures, and print JSON.
 
     vae: PSNR in dB of the VAE's reconstructions. nearest: how often the nearest of 20 random real
-    pictures to a sample is the one of its caption (chance is 5 %). style: how far a LoRA moves the mean
-    colourfulness of samples from the base's to the style's, on the captions of `data`.
+    pictures to a sample, by shape and by colour, is the one of its caption (chance is 5 %). style: how far
+    a LoRA moves the mean colourfulness of samples from the base's to the style's, on the captions of `data`.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.

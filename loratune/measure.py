@@ -17,8 +17,10 @@ from loratune.families.base import Family
 from loratune.families.sampling import draw
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.pictures import normalise, open_picture, square, to_tensor
-from loratune.report.quality import colourfulness, nearest_rate, psnr, share_of_the_way
+from loratune.report.quality import colourfulness, colours, nearest_rate, psnr, shapes, share_of_the_way
 from loratune.verbs import load_with
+
+BY = (shapes, colours)
 
 
 def measure(
@@ -90,12 +92,12 @@ def measure_nearest(
     guidance: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The nearest-picture rate over samples of captions chosen at random."""
+    """The nearest-picture rates over samples of captions chosen at random."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
     made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance, seed)
-    rate = nearest_rate(made, reals, chosen, seed=seed)
-    return {"nearest_of_20": round(rate, 4), "samples": len(chosen), "guidance": guidance, "steps": steps}
+    rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
+    return rates | {"samples": len(chosen), "guidance": guidance, "steps": steps}
 
 
 def measure_style(
@@ -127,10 +129,13 @@ def style_numbers(before: Tensor, after: Tensor, reals: Tensor, styled: Tensor) 
             "after": round(reached, 4),
             "share_of_the_way": round(share_of_the_way(base, reached, goal), 4),
         },
-        "nearest_of_20": {
-            "before_among_base_pictures": round(nearest_rate(before, reals, right), 4),
-            "after_among_base_pictures": round(nearest_rate(after, reals, right), 4),
-            "after_among_style_pictures": round(nearest_rate(after, styled, right), 4),
+        **{
+            f"nearest_of_20_by_{by.__name__}": {
+                "before_among_base_pictures": round(nearest_rate(before, reals, right, by), 4),
+                "after_among_base_pictures": round(nearest_rate(after, reals, right, by), 4),
+                "after_among_style_pictures": round(nearest_rate(after, styled, right, by), 4),
+            }
+            for by in BY
         },
         "captions": len(styled),
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratune.report.quality import colourfulness, features, nearest_rate, psnr, share_of_the_way
+from loratune.report.quality import colourfulness, colours, nearest_rate, psnr, shapes, share_of_the_way
 
 QUICK = settings(max_examples=100, deadline=None)
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
@@ -55,19 +58,53 @@ def test_colourfulness_is_from_0_to_1_and_of_each_picture_alone(seed: int, reach
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_features_are_the_means_of_16_by_16_blocks(size: int) -> None:
+def test_colours_are_the_means_of_16_by_16_blocks(size: int) -> None:
     some = pixels(2, size, reach=1.5)
     block = size // 16
     values = some.clamp(-1, 1).double().numpy().reshape(2, 3, 16, block, 16, block)
-    found = features(some)
+    found = colours(some)
     assert found.shape == (2, 768)
     assert np.allclose(found.numpy(), values.mean((3, 5)).reshape(2, 768), atol=1e-6)
 
 
-def test_reals_are_nearest_to_themselves() -> None:
+def drawn_by_hand(picture: np.ndarray) -> np.ndarray:
+    """Histograms of oriented gradients pixel by pixel, for a picture (3, 64, 64)."""
+    grey, bins = np.pad(picture.mean(0), 1, mode="edge"), np.zeros((8, 8, 8))
+    for y in range(64):
+        for x in range(64):
+            across = (grey[y + 1, x + 2] - grey[y + 1, x]) / 2
+            down = (grey[y + 2, x + 1] - grey[y, x + 1]) / 2
+            place = (math.atan2(down, across) % math.pi) / math.pi * 8
+            first, share, strength = int(place), place % 1, math.hypot(across, down)
+            bins[first % 8, y // 8, x // 8] += strength * (1 - share)
+            bins[(first + 1) % 8, y // 8, x // 8] += strength * share
+    roots = np.sqrt(bins.flatten())
+    return np.asarray(roots / np.linalg.norm(roots))
+
+
+def test_shapes_are_histograms_of_oriented_gradients() -> None:
+    some = pixels(2, 64)
+    for found, picture in zip(shapes(some), some, strict=True):
+        assert np.allclose(found.numpy(), drawn_by_hand(picture.double().numpy()), atol=1e-4)
+
+
+def test_shapes_know_edges_and_no_colours() -> None:
+    upright, lying = torch.ones(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
+    upright[..., 32:], lying[..., 32:, :] = -1, -1
+    assert shapes(upright)[0].view(8, 64).sum(1).argmax() == 0  # the gradient lies along x: the first direction
+    assert shapes(lying)[0].view(8, 64).sum(1).argmax() == 4
+    assert float(shapes(upright)[0] @ shapes(lying)[0]) == pytest.approx(0, abs=1e-6)
+    pale, negative = 0.3 * upright, -upright
+    assert torch.allclose(shapes(pale), shapes(upright), atol=1e-6)
+    assert torch.allclose(shapes(negative), shapes(upright), atol=1e-6)
+    assert shapes(torch.ones(2, 3, 64, 64)).abs().max() == 0
+
+
+@pytest.mark.parametrize("by", [shapes, colours])
+def test_reals_are_nearest_to_themselves(by: Callable[[Tensor], Tensor]) -> None:
     reals = pixels(60)
-    assert nearest_rate(reals, reals, torch.arange(60)) == 1.0
-    assert nearest_rate(reals + 0.05 * pixels(60, seed=1), reals, torch.arange(60)) == 1.0
+    assert nearest_rate(reals, reals, torch.arange(60), by) == 1.0
+    assert nearest_rate(reals + 0.05 * pixels(60, seed=1), reals, torch.arange(60), by) == 1.0
     assert nearest_rate(reals[:20], reals[:20], torch.arange(20)) == 1.0  # as many as candidates
 
 
@@ -101,9 +138,9 @@ def test_every_other_picture_is_a_candidate_where_all_are_drawn() -> None:
         for nearer in {0, (right + 1) % 20, (right - 1) % 20, 19} - {right}:
             reals = torch.ones(20, 3, 16, 16)
             reals[right] = 0.5
-            assert nearest_rate(sample, reals, torch.tensor([right])) == 1.0
+            assert nearest_rate(sample, reals, torch.tensor([right]), colours) == 1.0
             reals[nearer] = 0.1
-            assert nearest_rate(sample, reals, torch.tensor([right])) == 0.0
+            assert nearest_rate(sample, reals, torch.tensor([right]), colours) == 0.0
 
 
 def test_too_few_reals() -> None:
