@@ -82,5 +82,5 @@ Done in {numbers["seconds"]["all"]:.0f} s, of which {numbers["seconds"]["trainin
   {out}/tensorboard           tensorboard --logdir {out}
 Mean colourfulness {style["before"]:.3f} -> {style["after"]:.3f}, {style["share_of_the_way"]:.0%} of the way to the \
 style's own {style["style_pictures"]:.3f}.
-By shape, the nearest of 20 real pictures is the right one for {nearest["before_among_base_pictures"]:.0%} of the samples \
-before, and for {nearest["after_among_style_pictures"]:.0%} after.""")
+By shape, the nearest of 20 real pictures is the right one for {nearest["before_among_base_pictures"]:.0%} of the \
+samples before, and for {nearest["after_among_style_pictures"]:.0%} after.""")

@@ -19,6 +19,7 @@ WARNINGS = (
     ".*exists and is not empty",  # the folder of checkpoints, on a resume
     ".*does not have many workers",  # samples come from a memory-mapped cache
     ".*in eval mode at the start of training",  # the frozen parts
+    ".*your dataloader is not resumable",  # it is: the order follows from the batches consumed
     ".*smaller than the logging interval",
     ".*`isinstance\\(treespec",
     ".*lr_scheduler.step",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from loratune.formats.pictures import normalise
 from loratune.report.quality import psnr
+from loratune.training.randomness import training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 
@@ -77,11 +78,13 @@ class AutoencoderModule(L.LightningModule):
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        random = training_generator(self.device, self.global_step, part, self.global_rank)
         x = normalise(batch["pixels"])
-        if torch.rand(()) < 0.5:
-            x = x.flip(-1)
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=random, device=self.device) < 0.5
+        x = torch.where(mirrored, x.flip(-1), x)
         posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.sample()).sample.float()
+        y = self.vae.decode(posterior.sample(random)).sample.float()
         pixel, detail = F.l1_loss(y, x), laplacian_pyramid_loss(y, x)
         kl = gaussian_kl(posterior.mean.float(), posterior.logvar.float()).mean()
         loss = pixel + self.detail_weight * detail + self.kl_weight * kl

@@ -15,7 +15,7 @@ from loratune.diffusion.objective import check_objective, min_snr_weight, weight
 from loratune.diffusion.process import diffuse, snr, target
 from loratune.families.base import Condition, Family, repeat_condition
 from loratune.families.files import load_family
-from loratune.training.randomness import generator
+from loratune.training.randomness import generator, training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
@@ -98,18 +98,19 @@ class DiffusionModule(L.LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def _generator(self, stage: Stage, batch_idx: int) -> torch.Generator:
-        seed = os.environ.get("PL_GLOBAL_SEED", "0")
         if stage == "train":
             part = batch_idx % self.trainer.accumulate_grad_batches
-            return generator(self.device, seed, stage, self.global_step, part, self.global_rank)
-        return generator(self.device, seed, stage, batch_idx, self.global_rank)
+            return training_generator(self.device, self.global_step, part, self.global_rank)
+        return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, self.global_rank)
 
-    def _condition(self, batch: dict[str, Any], dropped: Tensor) -> Condition:
+    def _condition(self, batch: dict[str, Any], dropped: Tensor | None) -> Condition:
+        """What the network is told; without a caption where `dropped` (B,) says so."""
         if not self.text_is_frozen or "condition" not in batch:
-            captions = ["" if drop else text for text, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
+            drops = [False] * len(batch["caption"]) if dropped is None else dropped.tolist()
+            captions = ["" if drop else text for text, drop in zip(batch["caption"], drops, strict=True)]
             return self.family.encode_text(captions)
         condition: Condition = batch["condition"]
-        if not dropped.any():
+        if dropped is None:
             return condition
         if self._nothing is None:
             with torch.no_grad():
@@ -128,7 +129,7 @@ class DiffusionModule(L.LightningModule):
         noise = torch.randn(shape, generator=random, device=self.device)
         dropped = torch.rand(len(t), generator=random, device=self.device) < dropout
         a, b = self.family.coefficients(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise, a, b), t, self._condition(batch, dropped))
+        output = self.family.denoise(diffuse(x_0, noise, a, b), t, self._condition(batch, dropped if dropout else None))
         weight = None
         if self.objective.min_snr_gamma is not None:
             weight = min_snr_weight(snr(a, b).flatten(), self.objective.min_snr_gamma, self.family.prediction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import torch
 
@@ -15,3 +16,15 @@ def generator(device: torch.device | str, *place: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256("/".join(map(str, place)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def training_generator(device: torch.device | str, step: int, part: int, rank: int) -> torch.Generator:
+    """The generator of a training step, seeded by the run's seed.
+
+    Args:
+        device: where the numbers are drawn.
+        step: optimizer steps done.
+        part: number of the batch within the step, where gradients are accumulated.
+        rank: of the process.
+    """
+    return generator(device, os.environ.get("PL_GLOBAL_SEED", "0"), "train", step, part, rank)

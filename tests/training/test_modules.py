@@ -116,12 +116,23 @@ def test_nonsense_pairs_are_refused(tiny_base: Path) -> None:
         DiffusionModule(family)
 
 
-def test_a_pixel_ddpm_is_trained_and_resumed_by_recipe(tmp_path: Path, pictures: Path) -> None:
-    init = "{base: {class_path: PixelDDPM, init_args: {size: 16, channels: [16, 16], attention_from: 1}}}"
-    whole = fit(tmp_path, pictures, "DiffusionModule", init)
-    half = fit(tmp_path, pictures, "DiffusionModule", init, "half", 2)
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [
+        (
+            "DiffusionModule",
+            "{base: {class_path: PixelDDPM, init_args: {size: 16, channels: [16, 16], attention_from: 1}}}",
+        ),
+        ("AutoencoderModule", "{channels: [16, 16]}"),
+        ("ContrastiveModule", "{size: 16, patch: 8, width: 32, layers: 1}"),
+    ],
+    ids=["pixels", "vae", "text"],
+)
+def test_every_module_is_trained_and_resumed_to_the_bit(tmp_path: Path, pictures: Path, kind: str, init: str) -> None:
+    whole = fit(tmp_path, pictures, kind, init)
+    half = fit(tmp_path, pictures, kind, init, "half", 2)
     again = ["--ckpt_path", str(half / "checkpoints" / "last.ckpt")]
-    fit(tmp_path, pictures, "DiffusionModule", init, "half", 4, *again)
+    fit(tmp_path, pictures, kind, init, "half", 4, *again)
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, half)]
     assert states[0]["global_step"] == states[1]["global_step"] == 4
     assert all(

@@ -1,0 +1,7 @@
+"""`python -m loratune`: the command, where it is not on the path."""
+
+import sys
+
+from loratune.cli import main
+
+sys.exit(main())
