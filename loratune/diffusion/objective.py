@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from loratune.diffusion.process import Prediction
+
+DEBIASED_MOST = 1000.0  # the paper's clip of the SNR, without which the least noisy steps count for all or nothing
 
 # Each is min(snr, gamma) over the factor by which a squared error in x_0 grows in what is predicted.
 # eps is written as min(1, gamma / snr), whose value at snr = 0 is the limit 1; the quotient is nan there.
@@ -34,16 +37,94 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     return _MIN_SNR_WEIGHTS[prediction](snr, gamma)
 
 
-def weighted_squared_error(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """w |output - target|^2, averaged over all but the batch: (B,), for two (B, ...) and weights (B,).
+# The same for sqrt(snr) |x_0 error|^2.
+_DEBIASED_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "eps": lambda snr: snr.clamp(max=DEBIASED_MOST).rsqrt(),
+    "v": lambda snr: snr.sqrt() / (snr + 1),
+    "x0": lambda snr: snr.clamp(max=DEBIASED_MOST).sqrt(),
+}
 
-    Ho 2020, eq. 14 where weight is None. Raises ValueError where shapes differ: broadcasting would hide it.
+
+def debiased_weight(snr: Tensor, prediction: Prediction) -> Tensor:
+    """Weight that makes the squared error of a prediction sqrt(snr) |x_0 error|^2 (Yu 2024, who gives it for eps).
+
+    eps: 1 / sqrt(snr), v: sqrt(snr) / (snr + 1), x0: sqrt(snr), with the snr of eps and x0 clipped at 1000 and the
+    same error in x_0 weighed the same in each; shaped as snr.
+    Raises ValueError for flow: its path does not keep a^2 + b^2 = 1.
+    """
+    if prediction not in _DEBIASED_WEIGHTS:
+        raise ValueError(f"debiased makes no sense for prediction '{prediction}'; set debiased to false")
+    return _DEBIASED_WEIGHTS[prediction](snr)
+
+
+def pseudo_huber(error: Tensor, c: Tensor | float) -> Tensor:
+    """2 c (sqrt(e^2 + c^2) - c): e^2 for |e| much below c, 2 c |e| much above (Charbonnier 1994).
+
+    Twice the usual form, so that small errors count as in the squared error. Shaped as `error`; c > 0.
+    """
+    # e^2 / (sqrt(e^2 + c^2) + c) is the same difference of two near numbers without the cancellation.
+    return 2 * c * error.square() / ((error.square() + c**2).sqrt() + c)
+
+
+def huber_c(t: Tensor, a: Tensor, b: Tensor, least: float, schedule: str, steps: int) -> Tensor:
+    """The c of each step t (Khrapov 2024): large where there is little noise, `least` where there is most.
+
+    exponential: least^(t / T), from 1 down; snr: (1 - least) / (1 + b / a)^2 + least; constant: least.
+
+    Args:
+        t: steps from 0, (B,).
+        a: weight of the picture in x_t, (B,).
+        b: weight of the noise, (B,).
+        least: c at most noise, in (0, 1).
+        schedule: constant, exponential or snr.
+        steps: T.
+    """
+    if schedule == "exponential":
+        return least ** ((t + 1) / steps)
+    if schedule == "snr":
+        return (1 - least) * (a / (a + b)).square() + least
+    return torch.full_like(a, least)
+
+
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of each sample's error where the mask is, weighed by it: (B,) for (B, ...) and (B, 1, H, W) in [0, 1].
+
+    An empty mask gives 0.
+    """
+    if mask is None:
+        return error.flatten(1).mean(1)
+    weight = mask.expand_as(error).flatten(1)
+    return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp_min(1e-8)
+
+
+def weighted_error(
+    output: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    c: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """w |output - target|^2, averaged over all but the batch: (B,), for two (B, ...).
+
+    Ho 2020, eq. 14 where there is nothing else.
+
+    Args:
+        output: of the network.
+        target: of the same shape.
+        weight: of each sample, (B,).
+        c: of the pseudo-Huber error that takes the square's place, (B,).
+        mask: where the error counts and how much, (B, 1, H, W) in [0, 1].
+
+    Raises:
+        ValueError: shapes differ; broadcasting would hide it.
     """
     if output.shape != target.shape:
         raise ValueError(f"output is {tuple(output.shape)}, its target {tuple(target.shape)}; make them alike")
     if weight is not None and weight.shape != output.shape[:1]:
         raise ValueError(f"weight is {tuple(weight.shape)}; give one for each of {len(output)} samples")
-    loss = ((output - target) ** 2).flatten(1).mean(1)
+    error = output - target
+    error = error.square() if c is None else pseudo_huber(error, c.view(-1, *[1] * (error.dim() - 1)))
+    loss = masked_mean(error, mask)
     return loss if weight is None else weight * loss
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -11,34 +11,16 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from loratune.diffusion.objective import check_objective, min_snr_weight, weighted_squared_error
-from loratune.diffusion.process import diffuse, snr, target
+from loratune.diffusion.objective import weighted_error
+from loratune.diffusion.process import diffuse, target
 from loratune.families.base import Condition, Family, repeat_condition
 from loratune.families.files import load_family
+from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import generator, training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the loss is.
-
-    Args:
-        min_snr_gamma: clip of the SNR weight (Hang 2023 uses 5); none weighs every step alike.
-        caption_dropout: share of captions replaced by nothing, which guidance needs, in [0, 1].
-    """
-
-    min_snr_gamma: float | None = None
-    caption_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}; give a share from 0 to 1")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; give a number above 0, or null")
 
 
 class DiffusionModule(L.LightningModule):
@@ -56,7 +38,7 @@ class DiffusionModule(L.LightningModule):
         self,
         base: Family | str,
         trainable: tuple[str, ...] = ("unet",),
-        objective: Objective = Objective(),
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
     ) -> None:
@@ -64,8 +46,7 @@ class DiffusionModule(L.LightningModule):
         self.base_name = base if isinstance(base, str) else type(base).__name__
         self.family = load_family(base) if isinstance(base, str) else base
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
-        terminal = float(self.family.alpha_bars[-1])
-        check_objective(self.family.prediction, terminal == 0, objective.min_snr_gamma)
+        objective.check(self.family)
         self.family.requires_grad_(False)
         components = self.family.components()
         for name in trainable:
@@ -121,26 +102,34 @@ class DiffusionModule(L.LightningModule):
             for name, value in condition.items()
         }
 
-    def losses(self, batch: dict[str, Any], t: Tensor, random: torch.Generator, dropout: float) -> Tensor:
+    def losses(
+        self,
+        batch: dict[str, Any],
+        t: Tensor,
+        random: torch.Generator,
+        objective: Objective,
+    ) -> Tensor:
         """The loss of each sample at steps t (B,): Ho 2020, algorithm 1, line 5, for any prediction type."""
         shape = (len(t), *self.family.start(batch, None).shape[1:])
-        posterior_noise = torch.randn(shape, generator=random, device=self.device)
-        x_0 = self.family.start(batch, posterior_noise)
-        noise = torch.randn(shape, generator=random, device=self.device)
-        dropped = torch.rand(len(t), generator=random, device=self.device) < dropout
+        x_0 = self.family.start(batch, torch.randn(shape, generator=random, device=self.device))
+        noise, noise_in = objective.noise(shape, random)
+        dropped = torch.rand(len(t), generator=random, device=self.device) < objective.caption_dropout
+        told = self._condition(batch, dropped if objective.caption_dropout else None)
         a, b = self.family.coefficients(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise, a, b), t, self._condition(batch, dropped if dropout else None))
-        weight = None
-        if self.objective.min_snr_gamma is not None:
-            weight = min_snr_weight(snr(a, b).flatten(), self.objective.min_snr_gamma, self.family.prediction)
-        wanted = target(self.family.prediction, x_0, noise, a, b)
-        return weighted_squared_error(output, wanted, weight)
+        output = self.family.denoise(diffuse(x_0, noise_in, a, b), t, told)
+        return weighted_error(
+            output,
+            target(self.family.prediction, x_0, noise, a, b),
+            objective.weight(self.family, a, b),
+            objective.c(t, a, b, len(self.family.alpha_bars)),
+            mask_of(batch, x_0),
+        )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self._generator("train", batch_idx)
         count = len(batch["name"])
-        t = torch.randint(len(self.family.alpha_bars), (count,), generator=random, device=self.device)
-        loss = self.losses(batch, t, random, self.objective.caption_dropout).mean()
+        t = self.objective.timesteps.draw(count, len(self.family.alpha_bars), random)
+        loss = self.losses(batch, t, random, self.objective).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=count)
         return loss
 
@@ -151,13 +140,16 @@ class DiffusionModule(L.LightningModule):
         self._held_out(batch, batch_idx, "test")
 
     def _held_out(self, batch: dict[str, Any], batch_idx: int, stage: Stage) -> None:
-        """The loss at fixed noise and fixed t (the middles of equal parts of 1..T), so that epochs compare."""
+        """The loss at fixed plain noise and fixed t (the middles of equal parts of 1..T), so that epochs compare."""
+        plain = replace(
+            self.objective, caption_dropout=0.0, offset_noise=0.0, pyramid_noise=0.0, input_perturbation=0.0
+        )
         count, steps = len(batch["name"]), len(self.family.alpha_bars)
         random = self._generator(stage, batch_idx)
         losses = []
         for part in range(VALIDATION_STEPS):
             t = torch.full((count,), steps * (2 * part + 1) // (2 * VALIDATION_STEPS), device=self.device)
-            losses.append(self.losses(batch, t, random, 0.0).mean())
+            losses.append(self.losses(batch, t, random, plain).mean())
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:

@@ -8,7 +8,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from loratune.adapters.lora import TEXT_TARGETS, LoRA, collect, inject
 from loratune.families.base import Family
 from loratune.formats.lora_layers import LoRALayer
-from loratune.training.diffusion_module import DiffusionModule, Objective
+from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.objectives import Objective
 from loratune.training.schedules import Schedule
 
 

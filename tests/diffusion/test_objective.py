@@ -31,7 +31,7 @@ def test_min_snr_loss_is_the_same_in_every_prediction(prediction: Prediction, ga
     guessed, _ = process.recover(prediction, output, process.diffuse(x0, noise, a, b), a, b)
     expected = torch.minimum(snr, torch.tensor(gamma)) * ((guessed - x0) ** 2).mean(1)
     weight = objective.min_snr_weight(snr, gamma, prediction)
-    loss = objective.weighted_squared_error(output, process.target(prediction, x0, noise, a, b), weight)
+    loss = objective.weighted_error(output, process.target(prediction, x0, noise, a, b), weight)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0.0)
 
 
@@ -54,19 +54,19 @@ def test_min_snr_weight_makes_no_sense_for_flow() -> None:
 
 def test_loss_is_the_mean_square_of_each_sample() -> None:
     output, wanted = normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1)
-    loss = objective.weighted_squared_error(output, wanted, None)
+    loss = objective.weighted_error(output, wanted, None)
     alone = torch.stack([torch.nn.functional.mse_loss(o, w) for o, w in zip(output, wanted, strict=True)])
     torch.testing.assert_close(loss, alone, rtol=1e-14, atol=0.0)
     weight = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
-    weighted = objective.weighted_squared_error(output, wanted, weight)
+    weighted = objective.weighted_error(output, wanted, weight)
     torch.testing.assert_close(weighted, weight * alone, rtol=1e-14, atol=0.0)
 
 
 def test_loss_does_not_broadcast() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
-        objective.weighted_squared_error(torch.zeros(2, 3), torch.zeros(2, 1), None)
+        objective.weighted_error(torch.zeros(2, 3), torch.zeros(2, 1), None)
     with pytest.raises(ValueError, match=r"weight is \(2, 1\).*2 samples"):
-        objective.weighted_squared_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
+        objective.weighted_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -91,6 +91,64 @@ def test_exactly_the_pairs_that_make_no_sense_are_refused(
 def test_a_gamma_that_clips_nothing_sensible_is_refused(gamma: Any) -> None:
     with pytest.raises(ValueError, match=f"min_snr_gamma is {gamma}"):
         objective.check_objective("v", False, gamma)
+
+
+@pytest.mark.parametrize("prediction", WEIGHTED)
+def test_the_debiased_loss_is_the_same_in_every_prediction(prediction: Prediction) -> None:
+    """sqrt(snr) |x_0 error|^2, whatever the network predicts, below the clip."""
+    x0, noise, output = normal(200, 3), normal(200, 3, seed=1), normal(200, 3, seed=2)
+    a = torch.linspace(0.05, 0.99, 200, dtype=torch.float64).view(-1, 1)
+    b = (1 - a**2).sqrt()
+    snr = process.snr(a, b).flatten()
+    assert snr.max() < 1000
+    guessed, _ = process.recover(prediction, output, process.diffuse(x0, noise, a, b), a, b)
+    weight = objective.debiased_weight(snr, prediction)
+    loss = objective.weighted_error(output, process.target(prediction, x0, noise, a, b), weight)
+    torch.testing.assert_close(loss, snr.sqrt() * ((guessed - x0) ** 2).mean(1), rtol=1e-9, atol=0.0)
+
+
+def test_debiased_weights_are_finite_at_both_ends_but_for_eps_on_pure_noise() -> None:
+    ends = torch.tensor([1e-9, 1e12], dtype=torch.float64)
+    assert objective.debiased_weight(ends, "eps").tolist() == pytest.approx([10**4.5, 1000**-0.5])
+    assert objective.debiased_weight(torch.zeros(1), "v").item() == 0
+    with pytest.raises(ValueError, match="set debiased to false"):
+        objective.debiased_weight(ends, "flow")
+
+
+def test_pseudo_huber_is_square_near_zero_and_linear_far_off() -> None:
+    error = torch.tensor([1e-6, -1e-6, 0.3, 1e6], dtype=torch.float64)
+    made = objective.pseudo_huber(error, 0.1)
+    wanted = 2 * 0.1 * ((error**2 + 0.1**2).sqrt() - 0.1)
+    torch.testing.assert_close(made[2:], wanted[2:], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(made[:2], error[:2] ** 2, rtol=1e-6, atol=0.0)
+    assert made[3].item() == pytest.approx(2 * 0.1 * 1e6, rel=1e-6)
+    assert objective.pseudo_huber(error.float(), 0.1)[0] > 0  # the textbook form would give 0 in float32
+    torch.testing.assert_close(objective.pseudo_huber(error[:3], 1e6), error[:3] ** 2, rtol=1e-9, atol=0.0)
+
+
+def test_hubers_c_falls_with_noise_to_its_least() -> None:
+    abar = process.alpha_bars(process.scaled_linear_betas(1000))
+    a, b = process.ddpm_coefficients(abar)
+    t = torch.arange(1000)
+    for schedule in ("exponential", "snr"):
+        c = objective.huber_c(t, a, b, 0.1, schedule, 1000)
+        assert (c.diff() < 0).all()
+        assert 0.9 < c[0] < 1
+    assert objective.huber_c(t, a, b, 0.1, "exponential", 1000)[-1].item() == pytest.approx(0.1)
+    sigma = b / a
+    torch.testing.assert_close(objective.huber_c(t, a, b, 0.1, "snr", 1000), 0.9 / (1 + sigma) ** 2 + 0.1)
+    assert objective.huber_c(t, a, b, 0.1, "constant", 1000).unique().tolist() == pytest.approx([0.1])
+
+
+def test_a_mask_leaves_only_what_it_shows() -> None:
+    output, wanted = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
+    mask = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    mask[0, :, :2] = 1
+    mask[1] = 0.5
+    found = objective.weighted_error(output, wanted, mask=mask)
+    squares = (output - wanted) ** 2
+    torch.testing.assert_close(found, torch.stack([squares[0, :, :2].mean(), squares[1].mean()]))
+    assert objective.weighted_error(output, wanted, mask=0 * mask).tolist() == [0, 0]
 
 
 def test_guidance_is_eq_6_of_ho_and_salimans() -> None:

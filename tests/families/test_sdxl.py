@@ -20,6 +20,7 @@ from loratune.families.sampling import draw
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.formats.bases import ASSETS
 from loratune.formats.lora import LoRAFile, write_lora
+from loratune.training.objectives import Objective
 from loratune.training.lora_module import LoRAModule
 
 CAPTIONS = ["a red disc", "a very long caption " * 30]  # one is padded, one truncated
@@ -177,7 +178,7 @@ def test_a_dropped_caption_trains_on_nothing(folder: Path) -> None:
     batch = {"mean": shape, "logvar": torch.zeros_like(shape), "condition": module.family.encode_text(CAPTIONS)}
     nothing = {**batch, "condition": module.family.encode_text(["", ""])}
     kept, dropped, wanted = (
-        module.losses(one, t, torch.Generator().manual_seed(0), share)
+        module.losses(one, t, torch.Generator().manual_seed(0), Objective(caption_dropout=share))
         for one, share in ((batch, 0.0), (batch, 1.0), (nothing, 0.0))
     )
     assert torch.equal(dropped, wanted)

@@ -20,8 +20,9 @@ from loratune.families.stable_diffusion import NewStableDiffusion
 from loratune.formats.pictures import normalise
 from loratune.training.autoencoder import gaussian_kl, laplacian_pyramid_loss
 from loratune.training.contrastive import ContrastiveModule, contrastive_loss
-from loratune.training.diffusion_module import DiffusionModule, Objective
+from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
+from loratune.training.objectives import Objective
 from loratune.training.randomness import generator
 from loratune.training.schedules import Schedule
 
@@ -54,7 +55,7 @@ def test_the_loss_is_algorithm_1_line_5(prediction: Any) -> None:
     torch.manual_seed(0)
     family = PixelDDPM(size=8, channels=(16, 16), attention_from=1, prediction=prediction)
     module, batch, t = DiffusionModule(family), pixel_batch(), torch.tensor([0, 400, 999])
-    losses = module.losses(batch, t, generator("cpu", "place"), 0.0)
+    losses = module.losses(batch, t, generator("cpu", "place"), Objective())
     random = generator("cpu", "place")
     torch.randn((3, 3, 8, 8), generator=random)  # the posterior's noise, which pixels do not use
     noise, x_0 = torch.randn((3, 3, 8, 8), generator=random), normalise(batch["pixels"])
@@ -71,8 +72,8 @@ def test_min_snr_weighs_the_loss() -> None:
     torch.manual_seed(0)
     family = PixelDDPM(size=8, channels=(16, 16), attention_from=1)
     batch, t = pixel_batch(), torch.tensor([5, 400, 999])
-    plain = DiffusionModule(family).losses(batch, t, generator("cpu", 0), 0.0)
-    weighed = DiffusionModule(family, objective=Objective(min_snr_gamma=5.0)).losses(batch, t, generator("cpu", 0), 0.0)
+    plain = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective())
+    weighed = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective(min_snr_gamma=5.0))
     bars = family.alpha_bars[t]
     snr = bars / (1 - bars)
     assert torch.allclose((weighed / plain).double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-5)
@@ -92,8 +93,8 @@ def test_caption_dropout_replaces_captions_by_nothing(tiny_base: Path) -> None:
     frozen = module._condition(cached, torch.tensor([True, False]))["text"]
     assert torch.allclose(frozen, both, atol=1e-6)
     torch.manual_seed(0)
-    always = module.losses(cached, torch.tensor([500, 500]), generator("cpu", 0), 1.0)
-    never = module.losses(cached, torch.tensor([500, 500]), generator("cpu", 0), 0.0)
+    always = module.losses(cached, torch.tensor([500, 500]), generator("cpu", 0), Objective(caption_dropout=1.0))
+    never = module.losses(cached, torch.tensor([500, 500]), generator("cpu", 0), Objective())
     assert not torch.allclose(always, never)
 
 
