@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from loratune.adapters.lora import TEXT_TARGETS, LoRA, collect, inject
+from loratune.adapters.lora import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
 from loratune.families.base import Family
-from loratune.formats.lora_layers import LoRALayer
+from loratune.families.pipelines import layer_names
+from loratune.families.stable_diffusion import StableDiffusion
+from loratune.families.writing import configs_of
+from loratune.formats.lora import read_lora
+from loratune.formats.lora_layers import LowRank
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.objectives import Objective
-from loratune.training.schedules import Schedule
+from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 
 class LoRAModule(DiffusionModule):
@@ -42,8 +48,16 @@ class LoRAModule(DiffusionModule):
         for encoder in encoders if lora.text_encoder else ():
             inject(encoder, lora, TEXT_TARGETS)
         for name, parameter in self.family.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_(is_adapter(name))
+        if lora.start_from:
+            names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
+            put(components, read_lora(lora.start_from, names).layers, lora.start_from)
+        self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
 
-    def layers(self) -> dict[str, LoRALayer]:
+    def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
-        return collect(self.family.components())
+        return collect(self.family.components(), self._start)
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.family.components(), self.lora)
+        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)

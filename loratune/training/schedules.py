@@ -43,8 +43,13 @@ def optimizer_and_schedule(
     optimizer: OptimizerCallable,
     schedule: Schedule,
 ) -> dict[str, Any]:
-    """What `configure_optimizers` returns: the optimizer, and its rate moved at every step."""
+    """What `configure_optimizers` returns: the optimizer, and its rate moved at every step.
+
+    A group of parameters may have a `factor`, by which its learning rate is multiplied.
+    """
     made = optimizer(parameters)
+    for group in made.param_groups:
+        group["lr"] = group["lr"] * group.get("factor", 1.0)
     total = int(module.trainer.estimated_stepping_batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule.factor(step, total))
     return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}

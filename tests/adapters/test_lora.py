@@ -66,7 +66,10 @@ def test_presets_match_what_they_say(family: StableDiffusion) -> None:
     feed = {f"{block}.{part}" for block in forward for part in ("net.0.proj", "net.2")}
     assert set(match_targets(network, PRESETS["attention+ff"])) == attention | feed
     linear = {name for name, part in network.named_modules() if isinstance(part, nn.Linear)}
-    assert set(match_targets(network, PRESETS["all-linear"])) == linear
+    assert set(match_targets(network, PRESETS["all-linear"], linear_only=True)) == linear
+    assert LoRA(targets="all-linear").linear_only
+    convolutions = {name for name, part in network.named_modules() if isinstance(part, nn.Conv2d)}
+    assert set(match_targets(network, PRESETS["all"])) == linear | convolutions
     assert attention | feed < linear
 
 
@@ -90,14 +93,13 @@ def test_text_targets_are_the_text_encoders_attention(family: StableDiffusion) -
     ("pattern", "wanted"),
     [
         (r"attn2\.to_q", ["attn2.to_q"]),
-        (r".*", ["attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v", "conv"]),  # our own: all linear
+        (r".*", ["attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v", "conv"]),
+        ("all-linear", ["attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v"]),
         (r"conv", ["conv"]),
         (r"(conv|.*\.to_v)", ["attn2.to_v", "conv"]),
     ],
 )
 def test_targets_are_regular_expressions_of_whole_names(pattern: str, wanted: list[str]) -> None:
-    if pattern == PRESETS["all-linear"]:
-        wanted = [name for name in wanted if name != "conv"]
     targets = inject(Little(), LoRA(rank=2, targets=pattern), LoRA(rank=2, targets=pattern).pattern)
     assert sorted(targets) == wanted
 
@@ -224,8 +226,8 @@ def test_only_the_adapter_is_trained(family: StableDiffusion) -> None:
     family.requires_grad_(False)
     inject(family.network, LoRA(rank=2), LoRA().pattern)
     inject(family.text_encoder, LoRA(rank=2), TEXT_TARGETS)
-    groups = parameter_groups(family.components())
-    assert [group["name"] for group in groups] == ["unet", "text_encoder"]
+    groups = parameter_groups(family.components(), LoRA(text_encoder=True, text_encoder_rate=0.5))
+    assert [group["factor"] for group in groups] == [1.0, 0.5]
     assert [len(group["params"]) for group in groups] == [2 * 3 * len(blocks(family, "attn2")), 2 * 4]
 
 
