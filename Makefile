@@ -1,9 +1,10 @@
 # make demo: train a style and show it. make test: set up and run the tests. Both make their own environment.
+# make clients: prove the files in stable-diffusion.cpp, which is built for it; apart, as it takes minutes and gigabytes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint clients setup clean
 
 demo: setup
 	$(BIN)/loratune quickstart
@@ -15,6 +16,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+clients: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check stable-diffusion-cpp-python==0.4.7
+	$(BIN)/python tests/clients/run.py
 
 setup: $(VENV)/.done
 
