@@ -10,6 +10,7 @@ from typing import Any, Literal
 from loratune import __version__
 from loratune.errors import UserError
 
+DType = Literal["float32", "float16", "bfloat16"]
 RECIPE_VERBS = {
     "fit": "train what a recipe says",
     "validate": "the held-out loss of a recipe's model",
@@ -57,29 +58,131 @@ def sample(
     run(base, lora, [*prompt, *listed], out, steps, guidance, sampler, seed, count, size, batch_size, device)
 
 
-def merge(base: str, lora: list[str], out: Path) -> None:
-    """Add LoRAs to a checkpoint: W' = W_0 + weight (alpha / r) B A.
+def merge(
+    base: str,
+    lora: list[str],
+    out: Path,
+    exact: bool = False,
+    allow_partial: bool = False,
+    in_place: bool = False,
+    unmerge: bool = False,
+    json: bool = False,
+) -> None:
+    """Add LoRAs to a checkpoint: W' = W_0 + weight (alpha / r) B A, rounded once; the rest stays byte for byte.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        out: a .safetensors file (U-Net, text encoder and VAE in one), or a folder in diffusers' layout.
+        lora: a LoRA file, FILE:WEIGHT, or FILE:WEIGHT,down=1,mid=0.5,up.3=0,te=0.2 with ratios by block that are
+            multiplied with the weight (the longest fitting name counts); repeat it to add several.
+        out: a .safetensors file (U-Net, text encoders and VAE in one), or a folder in diffusers' layout.
+        exact: compute in float64 instead of float32.
+        allow_partial: leave out the layers of a LoRA that the base lacks, instead of refusing it.
+        in_place: let --out be the base itself; it is replaced when the new one is whole.
+        unmerge: subtract the LoRAs, and say how far rounding leaves the result from the original base.
+        json: print what was done as JSON.
     """
-    from loratune.verbs import merge as run
+    from loratune.merge import merge as run
 
-    run(base, lora, out)
+    run(base, lora, out, exact, allow_partial, in_place, unmerge, json)
 
 
-def inspect(file: Path, json: bool = False) -> None:
-    """Say what a .safetensors file is: family, rank, alpha, targets, size, norms, recipe and base.
+def inspect(file: Path, json: bool = False, diff: Path | None = None) -> None:
+    """Say what a .safetensors file is: a LoRA's kind, family, rank, norms and who reads it; a checkpoint's family.
 
     Args:
-        file: a LoRA or a checkpoint.
+        file: a LoRA or a checkpoint (or a diffusers folder).
         json: print JSON.
+        diff: another LoRA: print how both differ.
     """
-    from loratune.verbs import inspect as run
+    from loratune.tools.inspect import inspect as run
 
-    run(file, json)
+    run(file, json, diff)
+
+
+def convert(
+    file: Path, to: Literal["peft", "kohya"], out: Path, dtype: DType | None = None, rank: int | None = None
+) -> None:
+    """Write a LoRA in another format: exactly, or not at all unless --rank allows an approximation.
+
+    Args:
+        file: a LoRA in any format.
+        to: peft (diffusers' own), or kohya (ComfyUI, A1111, sd-scripts).
+        out: a .safetensors file.
+        dtype: of the tensors; by default as they are.
+        rank: approximate at this rank what the format cannot hold, and print the error.
+    """
+    from loratune.tools.convert import convert as run
+
+    run(file, to, out, dtype, rank)
+
+
+def combine(
+    lora: list[str],
+    out: Path,
+    rank: int | None = None,
+    to: Literal["peft", "kohya"] | None = None,
+    dtype: DType | None = None,
+) -> None:
+    """Make one LoRA of several: sum w_i (alpha_i / r_i) B_i A_i, exactly (the ranks add up) or at --rank.
+
+    Args:
+        lora: a LoRA file, or FILE:WEIGHT; repeat it. A weight may be negative.
+        out: a .safetensors file.
+        rank: of the result, by SVD, with the error printed; by default the sum of the ranks.
+        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default as the first LoRA.
+        dtype: of the tensors; by default the widest of the LoRAs'.
+    """
+    from loratune.tools.combine import combine as run
+
+    run(lora, out, rank, to, dtype)
+
+
+def resize(
+    file: Path,
+    out: Path,
+    rank: int | None = None,
+    keep: float | None = None,
+    to: Literal["peft", "kohya"] | None = None,
+    dtype: DType | None = None,
+) -> None:
+    """Give a LoRA another rank: the nearest B A of each layer, by SVD, with the error printed.
+
+    Args:
+        file: a LoRA in any format.
+        out: a .safetensors file.
+        rank: of every layer (less where a layer has less).
+        keep: or for each layer the smallest rank that keeps this share of its squared Frobenius norm, such as 0.95.
+        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default as the file.
+        dtype: of the tensors; by default as they are.
+    """
+    from loratune.tools.resize import resize as run
+
+    run(file, out, rank, keep, to, dtype)
+
+
+def extract(
+    base: str,
+    tuned: str,
+    out: Path,
+    rank: int | None = None,
+    keep: float | None = None,
+    to: Literal["peft", "kohya"] = "peft",
+    dtype: DType = "float16",
+) -> None:
+    """Write the LoRA that turns one checkpoint into another: the nearest B A to W - W_0 of each layer.
+
+    Args:
+        base: the checkpoint before: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
+        tuned: the checkpoint after, of the same architecture; it may be a folder where the other is a file.
+        out: a .safetensors file.
+        rank: of every layer (less where a layer has less).
+        keep: or for each layer the smallest rank that keeps this share of its squared Frobenius norm, such as 0.95.
+        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts).
+        dtype: of the tensors.
+    """
+    from loratune.tools.extract import extract as run
+
+    run(base, tuned, out, rank, keep, to, dtype)
 
 
 def measure(
@@ -119,26 +222,34 @@ def measure(
     run(base, what, data, lora, style, samples, size, steps, guidance, seed, out)
 
 
-def quickstart(recipe: Path = Path("recipes/quickstart.yaml"), out: Path = Path("runs/quickstart")) -> None:
+def quickstart(
+    recipe: Path = Path("recipes/quickstart.yaml"), out: Path = Path("runs/quickstart"), weight: float = 0.75
+) -> None:
     """Train the quickstart's LoRA, merge it, draw before and after, and measure: what `make demo` runs.
 
     Args:
         recipe: what to train.
         out: folder of the run; an earlier one there is replaced.
+        weight: how strongly the LoRA counts in the merged checkpoint and its pictures; less keeps more of the base.
     """
     from loratune.quickstart import quickstart as run
 
-    run(recipe, out)
+    run(recipe, out, weight)
 
 
 VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "merge": merge,
     "inspect": inspect,
+    "convert": convert,
+    "combine": combine,
+    "resize": resize,
+    "extract": extract,
     "measure": measure,
     "quickstart": quickstart,
 }
 REPEATABLE = ("--lora", "--prompt")
+POSITIONAL = {"inspect": "file", "convert": "file", "resize": "file"}
 
 
 def _read(path: Path) -> str:
@@ -199,18 +310,35 @@ def _run_verb(verb: Callable[..., None], name: str, words: list[str]) -> int:
             raise UserError(f"{name}: {' '.join(message.split())}")
 
     parser = Parser(prog=f"loratune {name}", description=(verb.__doc__ or "").split("Args:")[0])
-    positional = {"inspect": ["file"]}.get(name, [])
-    parser.add_function_arguments(verb, as_positional=bool(positional))
-    given = [
-        f"{word}+" if word in REPEATABLE else word.replace("=", "+=", 1) if _repeated(word) else word for word in words
-    ]
-    values = parser.instantiate_classes(parser.parse_args(given))
+    positional = POSITIONAL.get(name)
+    if positional:
+        parser.add_argument(positional, type=Path, help=_help_of(verb, positional))
+    parser.add_function_arguments(verb, skip={positional} if positional else None)
+    values = parser.instantiate_classes(parser.parse_args(_words(verb, words)))
     verb(**values.as_dict())
     return 0
 
 
-def _repeated(word: str) -> bool:
-    return any(word.startswith(f"{flag}=") for flag in REPEATABLE)
+def _help_of(verb: Callable[..., None], name: str) -> str:
+    """What a verb's docstring says of an argument."""
+    lines = (line.strip() for line in (verb.__doc__ or "").splitlines())
+    return next(line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: "))
+
+
+def _words(verb: Callable[..., None], words: Sequence[str]) -> list[str]:
+    """The words as jsonargparse takes them: `--in-place` is `--in_place=true`, and `--lora` adds to a list."""
+    given = []
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        kind = str(verb.__annotations__.get(key)) if flag.startswith("--") else "None"
+        if kind == "None":
+            given.append(word)
+        elif kind == "bool" and not equals and after not in ("true", "false"):
+            given.append(f"--{key}=true")
+        else:
+            given.append(f"--{key}{'+' if flag in REPEATABLE else ''}{equals}{value}")
+    return given
 
 
 if __name__ == "__main__":

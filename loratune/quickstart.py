@@ -16,16 +16,19 @@ from loratune.errors import UserError
 from loratune.formats.files import atomic_path
 from loratune.formats.pictures import to_picture
 from loratune.measure import draw_all, read_pictures, style_numbers
+from loratune.merge import merge
 from loratune.recipe import run
 from loratune.report.grids import grid
-from loratune.verbs import load_with, merge
+from loratune.verbs import load_with
 
 SHOWN = 10
 STEPS, GUIDANCE, SEED = 25, 4.0, 7
 
 
-def quickstart(recipe: Path, out: Path) -> None:
+def quickstart(recipe: Path, out: Path, weight: float) -> None:
     """Train the recipe's LoRA into `out`, and beside it the merged checkpoint, before_after.png and metrics.json.
+
+    The LoRA counts with `weight` in all but its own file.
 
     The pictures are of captions that the LoRA never saw: the folders beside the recipe's data that end in
     -heldout, the style's own pictures and the base's.
@@ -40,13 +43,14 @@ def quickstart(recipe: Path, out: Path) -> None:
     run(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(out)])
     trained = time.perf_counter()
     lora, merged = out / "lora.safetensors", out / "merged.safetensors"
-    merge(base, [str(lora)], merged)
+    merge(base, [f"{lora}:{weight:g}"], merged)
     styled, captions = read_pictures(f"{data}-heldout", size)
     reals, _ = read_pictures(str(data.parent / "noto-heldout"), size)
     before = draw_all(load_with(base, []), captions, size, STEPS, GUIDANCE, SEED)
     after = draw_all(load_with(str(merged), []), captions, size, STEPS, GUIDANCE, SEED)
     _before_after(before, after, captions, out / "before_after.png")
     numbers = style_numbers(before, after, reals, styled)
+    numbers["lora_weight"] = weight
     numbers["lora_bytes"] = lora.stat().st_size
     numbers["seconds"] = {
         "training": round(trained - started, 1),
@@ -77,10 +81,10 @@ def _say(out: Path, numbers: dict[str, Any]) -> None:
 Done in {numbers["seconds"]["all"]:.0f} s, of which {numbers["seconds"]["training"]:.0f} s were the training.
   {out}/before_after.png      the same captions, which the LoRA never saw, before and after
   {out}/lora.safetensors      the LoRA, {numbers["lora_bytes"] / 1e6:.2f} MB
-  {out}/merged.safetensors    U-Net, text encoder and VAE with it merged in
+  {out}/merged.safetensors    U-Net, text encoder and VAE with it merged in, at weight {numbers["lora_weight"]:g}
   {out}/metrics.json          what was measured
   {out}/tensorboard           tensorboard --logdir {out}
 Mean colourfulness {style["before"]:.3f} -> {style["after"]:.3f}, {style["share_of_the_way"]:.0%} of the way to the \
 style's own {style["style_pictures"]:.3f}.
-By shape, the nearest of 20 real pictures is the right one for {nearest["before_among_base_pictures"]:.0%} of the \
-samples before, and for {nearest["after_among_style_pictures"]:.0%} after.""")
+By shape, the nearest of 20 of the base's pictures is the right one for {nearest["before_among_base_pictures"]:.0%} \
+of the samples before, and for {nearest["after_among_base_pictures"]:.0%} after.""")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -37,6 +39,58 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_diffusers_folder(family, folder / "tiny", torch.float32)
     return folder / "tiny"
+
+
+def shrunk(name: str, width: int = 8, depth: int = 2) -> dict[str, dict[str, Any]]:
+    """The configurations of a known architecture with few channels; blocks and keys are as many as in the real one.
+
+    Args:
+        name: sd15, sd2, sdxl, each also with -inpainting.
+        width: of the text encoder and of the U-Net's first level; a multiple of 4.
+        depth: of the text encoders.
+    """
+    from loratune.formats.architectures import architectures
+
+    configs = architectures()[name]
+    text = {"hidden_size": width, "num_attention_heads": 2, "num_hidden_layers": depth, "vocab_size": 49408}
+    configs["text_encoder"] |= text | {"intermediate_size": 2 * width}
+    configs["vae"] |= {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4}
+    levels = len(configs["unet"]["block_out_channels"])
+    small = {"block_out_channels": [width, 2 * width, 3 * width, 3 * width][:levels], "norm_num_groups": 4}
+    configs["unet"] |= small | {"attention_head_dim": 2, "cross_attention_dim": width, "sample_size": 8}
+    if "text_encoder_2" in configs:
+        wide = {"hidden_size": width + 4, "intermediate_size": 20, "projection_dim": 10}
+        configs["text_encoder_2"] |= text | wide
+        told = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 10 + 6 * 4}
+        configs["unet"] |= told | {"cross_attention_dim": 2 * width + 4, "transformer_layers_per_block": [1, 2, 3]}
+    return configs
+
+
+@pytest.fixture(scope="session")
+def tiny_configs() -> Callable[..., dict[str, dict[str, Any]]]:
+    """`shrunk`, for tests of every kind of base."""
+    return shrunk
+
+
+def random_weights(
+    configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights for configurations, by component and canonical key."""
+    from loratune.formats.architectures import entries
+
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for component, key, shape, _ in entries(configs):
+        number = 0.1 * torch.randn(shape, generator=generator)
+        norm = "norm" in key and key.endswith(".weight")
+        weights.setdefault(component, {})[key] = (number + norm).to(dtype)
+    return weights
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
+    """`random_weights`, for tests of every kind of base."""
+    return random_weights
 
 
 def write_pictures(folder: Path, count: int, captions: bool = True, size: int = 16) -> Path:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,51 @@ def test_inspect_says_what_a_checkpoint_is(tiny_base: Path, tmp_path: Path, caps
     file = tiny_base / "unet" / "diffusion_pytorch_model.safetensors"
     assert main(["inspect", str(file)]) == 0
     assert "F32" in capsys.readouterr().out
+
+
+def test_flags_with_dashes_and_without_a_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verb(lora: list[str], in_place: bool = False, batch_size: int = 1) -> None:
+        """Say what was given."""
+        print(lora, in_place, batch_size)
+
+    monkeypatch.setitem(VERBS, "verb", verb)
+    for words, told in (
+        (["--lora", "a", "--in-place", "--lora=b", "--batch-size", "3"], "['a', 'b'] True 3"),
+        (["--in_place", "true", "--lora", "a"], "['a'] True 1"),
+        (["--in-place=false", "--lora", "a:-0.5"], "['a:-0.5'] False 1"),
+    ):
+        assert main(["verb", *words]) == 0
+        assert capsys.readouterr().out == f"{told}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "x.safetensors"],
+        ["inspect", "x.safetensors", "--diff", "x.safetensors"],
+        ["convert", "x.safetensors", "--to", "peft", "--out", "o.safetensors"],
+        ["convert", "x.safetensors", "--to", "other", "--out", "o.safetensors"],
+        ["convert", "--to", "peft", "--out", "o.safetensors"],
+        ["combine", "--lora", "x.safetensors", "--out", "o.safetensors"],
+        ["resize", "x.safetensors", "--rank", "2", "--out", "o.safetensors"],
+        ["resize", "x.safetensors", "--rank", "two", "--out", "o.safetensors"],
+        ["extract", "--base", "x.safetensors", "--tuned", "x.safetensors", "--rank", "2", "--out", "o.safetensors"],
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 a pickle", b"\xff" * 40, bytes(7) + b"\x10{}"])
+def test_every_tool_refuses_bad_files_in_one_line_and_writes_nothing(
+    words: list[str], content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("x.safetensors").write_bytes(content)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loratune: ")
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.safetensors"}
 
 
 def test_sample_draws_prompts_and_a_grid(tiny_base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "loratune"
-LEVELS = {"diffusion": 0, "formats": 0, "data": 1, "adapters": 1, "families": 1, "report": 1, "training": 2}
+LEVELS = {"diffusion": 0, "formats": 0, "data": 1, "adapters": 1, "families": 1, "report": 1, "training": 2, "tools": 3}
 TOP = 3
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -1,31 +1,45 @@
-"""W' = W_0 + sum_i w_i (alpha_i / r_i) B_i A_i, in memory and in files (Hu 2021, section 4.1)."""
+"""W' = W_0 + sum_i w_i (alpha_i / r_i) B_i A_i (Hu 2021, section 4.1), computed once and rounded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from loratune.adapters.lora import canonical
+from loratune.adapters.weighting import Given, parse
 from loratune.errors import UserError
+from loratune.formats.architectures import canonical_text_name
 from loratune.formats.lora import LoRAFile, read_lora
-from loratune.formats.lora_layers import LoRALayer
+from loratune.formats.lora_layers import LowRank
+
+SHOWN = 3  # layers that a message names
+
+Term = tuple[float, LowRank]
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A LoRA file and how strongly it counts."""
+    """A LoRA and how strongly it counts."""
 
-    path: Path
-    weight: float
+    given: Given
     file: LoRAFile
+
+    @property
+    def path(self) -> Path:
+        """Of its file."""
+        return self.given.path
+
+    @property
+    def weight(self) -> float:
+        """How strongly it counts, before the blocks' ratios."""
+        return self.given.weight
 
 
 def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted:
-    """`FILE` or `FILE:WEIGHT`, read.
+    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT,block=ratio`, read.
 
     Args:
         text: as on the command line.
@@ -34,87 +48,122 @@ def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted:
     Raises:
         UserError: no such file, or a weight that is no finite number.
     """
-    path, weight = Path(text), 1.0
-    if not path.exists() and ":" in text:
-        name, _, number = text.rpartition(":")
-        path = Path(name)
-        try:
-            weight = float(number)
-        except ValueError:
-            raise UserError(f"--lora {text}: {number!r} is no number; write FILE:WEIGHT, such as {name}:0.8") from None
-        if not torch.isfinite(torch.tensor(weight)):
-            raise UserError(f"--lora {text}: the weight must be finite")
-    if path.suffix not in (".safetensors", "") and path.exists():
-        raise UserError(f"{path}: only .safetensors files are loaded; this may be a pickle, which can run any code")
-    return Weighted(path, weight, read_lora(path, names))
+    given = parse(text)
+    return Weighted(given, read_lora(given.path, names))
 
 
-def added(w: Tensor, terms: Sequence[tuple[float, LoRALayer]]) -> Tensor:
-    """W_0 plus the weighted terms, computed in float32 and rounded once to W_0's dtype; the shape stays."""
+def change_of(w: Tensor, terms: Sequence[Term]) -> Tensor:
+    """sum_i w_i times the change that each layer makes of W_0, in W_0's dtype and shape; there is one term or more."""
+    total: Tensor | None = None
+    for weight, layer in terms:
+        one = layer.change(w)
+        scaled = one if weight == 1 else one * weight
+        total = scaled if total is None else total + scaled
+    assert total is not None
+    return total
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype, rounded once, to the nearest (ties to even).
+
+    torch goes from float64 to the 16-bit kinds by way of float32, which would round twice. Rounded to odd on that
+    way, float32 has bits enough for the second rounding to be the right one (Boldo & Melquiond 2008).
+    """
+    if values.dtype != torch.float64 or dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    near = values.float()
+    off = near.double() != values
+    even = near.view(torch.int32) & 1 == 0
+    towards = torch.where(near.double() < values, torch.inf, -torch.inf).float()
+    return torch.where(off & even, torch.nextafter(near, towards), near).to(dtype)
+
+
+def added(w: Tensor, terms: Sequence[Term], exact: bool = False) -> Tensor:
+    """W_0 plus the weighted terms, rounded once to W_0's dtype; the shape stays.
+
+    Args:
+        w: W_0.
+        terms: weights and layers.
+        exact: compute in float64 instead of float32.
+    """
     terms = [(weight, layer) for weight, layer in terms if weight]  # adding 0.0 would make 0.0 of W_0's -0.0
     if not terms:
         return w.clone()
-    total = w.to(torch.float32, copy=True)
-    start = w.to(torch.float32)
-    for weight, layer in terms:
-        total += weight * layer.change(start)
-    return total.to(w.dtype)
+    start = w.to(computed_in(w.dtype, exact))
+    return rounded(start + change_of(start, terms), w.dtype)
+
+
+def computed_in(dtype: torch.dtype, exact: bool) -> torch.dtype:
+    """The dtype of the arithmetic for weights of a dtype."""
+    return torch.float64 if exact or dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Matches:
+    """The layers of LoRAs in a base.
+
+    Args:
+        terms: by canonical name of the base's layer.
+        unmatched: by LoRA in their order: canonical names of the layers that the base lacks.
+    """
+
+    terms: dict[str, list[Term]] = field(default_factory=dict)
+    unmatched: list[list[str]] = field(default_factory=list)
 
 
 def terms_by_layer(
-    loras: Sequence[Weighted], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, list[tuple[float, LoRALayer]]]:
+    loras: Sequence[Weighted], shapes: Mapping[str, Sequence[int]], partial: bool = False, sign: int = 1
+) -> Matches:
     """The terms for each layer of a base.
 
     Args:
         loras: what is added.
         shapes: shape of W_0 by canonical layer name.
+        partial: leave out the layers that the base lacks.
+        sign: -1 to subtract.
 
     Raises:
-        UserError: a LoRA has a layer that the base lacks or that has another shape there.
+        UserError: a LoRA has a layer that the base lacks or that has another shape there, or not one that it has.
     """
-    terms: dict[str, list[tuple[float, LoRALayer]]] = {}
+    made = Matches()
     for lora in loras:
+        lacking = [name for name in lora.file.layers if name not in shapes]
+        if lacking and (not partial or len(lacking) == len(lora.file.layers)):
+            raise UserError(f"{lora.path}: made for another base: {_lacking(lacking, len(lora.file.layers))}")
+        made.unmatched.append(lacking)
         for name, layer in lora.file.layers.items():
-            if name not in shapes:
-                raise UserError(f"{lora.path}: made for another base: this one has no layer {name}")
-            made_for = (layer.up.shape[0], *layer.down.shape[1:])
-            if tuple(shapes[name]) != made_for and tuple(shapes[name]) != (*made_for, 1, 1):
-                raise UserError(
-                    f"{lora.path}: made for another base: {name} is {list(made_for)}, the base's {list(shapes[name])}"
-                )
-            terms.setdefault(name, []).append((lora.weight, layer))
-    return terms
+            if name in shapes:
+                _check_shape(lora.path, name, layer, tuple(shapes[name]))
+                made.terms.setdefault(name, []).append((sign * lora.given.weight_of(name), layer))
+    return made
+
+
+def _lacking(names: Sequence[str], count: int) -> str:
+    more = f" (and {len(names) - SHOWN} more)" if len(names) > SHOWN else ""
+    told = f"this one has no layer {', '.join(names[:SHOWN])}{more}"
+    if len(names) == count:
+        return f"{told}, nor any other of its {count}"
+    return f"{told}; --allow-partial leaves them out, and merges the other {count - len(names)}"
+
+
+def _check_shape(path: Path, name: str, layer: LowRank, shape: tuple[int, ...]) -> None:
+    size = 1
+    for one in shape[1:]:
+        size *= one
+    if layer.flat_shape != (shape[0], size):
+        told = f"{name} is {list(layer.flat_shape)}, the base's {list(shape)}"
+        raise UserError(f"{path}: made for another base: {told}")
 
 
 @torch.no_grad()
 def merge_into(components: Mapping[str, nn.Module], loras: Sequence[Weighted]) -> None:
     """Add LoRAs to the weights of modules, in place."""
     weights = {
-        f"{component}.{canonical(component, name)}": part.weight
+        f"{component}.{canonical_text_name(name) if component.startswith('text_encoder') else name}": part.weight
         for component, module in components.items()
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear | nn.Conv2d)
     }
     shapes = {name: weight.shape for name, weight in weights.items()}
-    for name, terms in terms_by_layer(loras, shapes).items():
+    for name, terms in terms_by_layer(loras, shapes).terms.items():
         weights[name].copy_(added(weights[name], terms))
-
-
-def patches(
-    loras: Sequence[Weighted], keys: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What to do to the tensors of a file.
-
-    Args:
-        loras: what is added.
-        keys: the file's key of W_0 by canonical layer name.
-        shapes: shapes of the file's tensors by key.
-    """
-    present = {name: shapes[key] for name, key in keys.items() if key in shapes}
-    made = terms_by_layer(loras, present)
-
-    def patch(terms: list[tuple[float, LoRALayer]]) -> Callable[[Tensor], Tensor]:
-        return lambda w: added(w, terms)
-
-    return {keys[name]: patch(terms) for name, terms in made.items()}

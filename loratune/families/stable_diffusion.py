@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: AutoencoderKL, CLIP text, U-Net with cross-attention (Rombach 2022)."""
+"""Stable Diffusion 1.x and 2.x: AutoencoderKL, CLIP text, U-Net with cross-attention (Rombach 2022)."""
 
 from __future__ import annotations
 

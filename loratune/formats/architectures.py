@@ -1,36 +1,80 @@
-"""Which tensors a checkpoint of a known architecture has, under which names; read off headers, without torch."""
+"""Which tensors a checkpoint of a known architecture has, under which names; read off headers, without torch.
+
+The original single-file layout has three kinds: sd1, sd2 (its text encoder under OpenCLIP's names) and sdxl (both).
+Inpainting variants differ in shapes alone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loratune.formats.headers import Header
-from loratune.formats.layouts import Config, Layer, text_layers, unet_layers, vae_layers
+from loratune.formats.layout_text import open_clip_layers, open_clip_projected_layers, text_layers
+from loratune.formats.layout_unet import unet_layers
+from loratune.formats.layout_vae import vae_layers
+from loratune.formats.layouts import Config, Layer, Place, Shape
+from loratune.formats.unsupported import name_of_kind
 
-LAYERS: dict[str, Callable[[Config], Iterator[Layer]]] = {
-    "unet": unet_layers,
-    "vae": vae_layers,
-    "text_encoder": text_layers,
+__all__ = [
+    "IGNORED",
+    "PREFIXES",
+    "Place",
+    "architectures",
+    "canonical_text_name",
+    "describe_unsupported",
+    "detect",
+    "entries",
+    "file_shapes",
+    "ignored",
+    "layout_kind",
+    "module_names",
+    "original_names",
+    "places",
+    "title",
+]
+
+Layers = Callable[[Config], Iterator[Layer]]
+
+_COMMON: dict[str, tuple[str, Layers]] = {
+    "unet": ("model.diffusion_model.", unet_layers),
+    "vae": ("first_stage_model.", vae_layers),
 }
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
+# By kind and component: what its keys in the single file begin with, and its layers.
+LAYOUTS: dict[str, dict[str, tuple[str, Layers]]] = {
+    "sd1": {**_COMMON, "text_encoder": ("cond_stage_model.transformer.", text_layers)},
+    "sd2": {**_COMMON, "text_encoder": ("cond_stage_model.model.", open_clip_layers)},
+    "sdxl": {
+        **_COMMON,
+        "text_encoder": ("conditioner.embedders.0.transformer.", text_layers),
+        "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_projected_layers),
+    },
 }
+PREFIXES = {kind: {part: prefix for part, (prefix, _) in parts.items()} for kind, parts in LAYOUTS.items()}
 POSITION_IDS = "embeddings.position_ids"
-# What real files hold besides the weights, by the beginning of the key: schedules, averages, buffers.
+# What real files hold besides the weights, by the beginning of the key: schedules, averages, buffers, marks.
 IGNORED = (
     "alphas_cumprod",
     "betas",
     "cond_stage_model.logit_scale",
+    "cond_stage_model.model.attn_mask",
+    "cond_stage_model.model.logit_scale",
+    "cond_stage_model.model.text_projection",
+    "cond_stage_model.transformer.text_projection",
     f"cond_stage_model.transformer.text_model.{POSITION_IDS}",
+    "conditioner.embedders.0.logit_scale",
+    "conditioner.embedders.0.transformer.text_projection",
+    f"conditioner.embedders.0.transformer.text_model.{POSITION_IDS}",
+    "conditioner.embedders.1.model.attn_mask",
+    "conditioner.embedders.1.model.logit_scale",
+    "denoiser.",
     "embedding_manager.",
     "first_stage_model.loss.",
+    "global_step",
     "log_one_minus_alphas_cumprod",
     "logvar",
     "lvlb_weights",
@@ -38,81 +82,68 @@ IGNORED = (
     "posterior_",
     "scale_factor",
     "sqrt_",
+    "v_pred",
+    "ztsnr",
 )
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-# Kinds of file that are no SD 1.x checkpoint, by a part of a key that only they have; the first fit counts.
-UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a LoRA, not a base", ("lora_", ".lora.", ".lora_A.", ".hada_", ".lokr_")),
-    ("a ControlNet", ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")),
-    ("an SDXL checkpoint", ("conditioner.embedders.1.model.",)),
-    ("an SDXL refiner", ("conditioner.embedders.0.model.",)),
-    ("a Stable Diffusion 2.x checkpoint", ("cond_stage_model.model.transformer.",)),
-    ("a Stable Diffusion 3 checkpoint", ("joint_blocks.",)),
-    ("a FLUX checkpoint", ("double_blocks.", "single_transformer_blocks.")),
-    ("a U-Net alone, in diffusers' layout", ("down_blocks.0.attentions.0.",)),
-)
+_VERSIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
 
-def _tensors(component: str, config: Config) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """From a diffusers key to the single file's without prefix, the shape in the module and in the file."""
-    return {
-        f"{layer.name}.{part}": (f"{layer.ldm}.{part}", shape, file_shape)
-        for layer in LAYERS[component](config)
-        for part, shape, file_shape in layer.tensors()
-    }
+def layout_kind(configs: Mapping[str, Config]) -> str:
+    """The kind of single-file layout that goes with configurations: sd1, sd2 or sdxl."""
+    if "text_encoder_2" in configs:
+        return "sdxl"
+    return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
 
 
-def unet_table(config: Config) -> dict[str, str]:
-    """From a U-Net's diffusers keys to those of the original layout, without prefix."""
-    return {key: ldm for key, (ldm, _, _) in _tensors("unet", config).items()}
+def title(configs: Mapping[str, Config]) -> str:
+    """What a base with these configurations is called, for people."""
+    inpainting = " (inpainting)" if configs["unet"].get("in_channels") == 9 else ""
+    return f"{_VERSIONS[layout_kind(configs)]}{inpainting}"
 
 
-def vae_table(config: Config) -> dict[str, str]:
-    """From a VAE's diffusers keys to those of the original layout, without prefix."""
-    return {key: ldm for key, (ldm, _, _) in _tensors("vae", config).items()}
+def ignored(configs: Mapping[str, Config]) -> tuple[str, ...]:
+    """Beginnings of the keys that files of this architecture may hold and that are no weights of it.
 
-
-def text_table(config: Config) -> dict[str, str]:
-    """From a CLIP text encoder's canonical keys (with text_model.) to the original layout's: the same."""
-    return {key: ldm for key, (ldm, _, _) in _tensors("text_encoder", config).items()}
-
-
-def single_file_table(unet: Config, vae: Config, text: Config) -> dict[tuple[str, str], str]:
-    """From (component, diffusers key) to the whole key in the single file."""
-    configs = {"unet": unet, "vae": vae, "text_encoder": text}
-    return {(part, key): full for part, key, full, _, _ in entries(configs)}
-
-
-def entries(
-    configs: Mapping[str, Config],
-) -> Iterator[tuple[str, str, str, tuple[int, ...], tuple[int, ...]]]:
-    """Component, diffusers key, the single file's whole key, the shape in the module and in the file."""
-    for component, prefix in PREFIXES.items():
-        for key, (ldm, shape, file_shape) in _tensors(component, configs[component]).items():
-            yield component, key, prefix + ldm, shape, file_shape
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a component's tensor lies in the single file.
-
-    Args:
-        key: the file's tensor, whole.
-        shape: of the file's tensor.
-        rows: the part of the file's tensor that it is, [start, stop) of the first dimension; None for all of it
-            (OpenCLIP keeps q, k and v in one).
-        transposed: whether the file has it with rows and columns changed.
+    SD 2.x reads the last layer but one of its text encoder: the last is in the file, and in no diffusers folder.
     """
+    if layout_kind(configs) != "sd2":
+        return IGNORED
+    last = configs["text_encoder"]["num_hidden_layers"]
+    return (*IGNORED, f"{PREFIXES['sd2']['text_encoder']}transformer.resblocks.{last}.")
 
-    key: str
-    shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
+
+def entries(configs: Mapping[str, Config]) -> Iterator[tuple[str, str, Shape, Place]]:
+    """Every tensor: component, diffusers key, shape in the module, place in the single file.
+
+    Raises:
+        UserError: a configuration lacks a key or has a part that the original layout does not.
+    """
+    for component, (prefix, layers) in LAYOUTS[layout_kind(configs)].items():
+        for layer in layers(configs[component]):
+            for name, shape, place in layer.tensors():
+                yield component, name, shape, replace(place, key=prefix + place.key)
 
 
 def places(configs: Mapping[str, Config]) -> dict[str, Place]:
     """Where every tensor lies in the single file, by canonical name with component (`unet.conv_in.weight`)."""
-    return {f"{part}.{key}": Place(full, file_shape) for part, key, full, _, file_shape in entries(configs)}
+    return {f"{component}.{name}": place for component, name, _, place in entries(configs)}
+
+
+def file_shapes(configs: Mapping[str, Config]) -> dict[str, Shape]:
+    """The shape of every tensor of the single file, by its whole key."""
+    return {place.key: place.shape for _, _, _, place in entries(configs)}
+
+
+def shapes_taken(shape: Shape, place: Place) -> tuple[Shape, ...]:
+    """The shapes that a tensor may have in a file; a 1x1 convolution may lie there as a matrix.
+
+    Args:
+        shape: in the module.
+        place: in the file.
+    """
+    whole = place.rows is None and not place.transposed
+    return (place.shape, shape) if whole else (place.shape,)
 
 
 def original_names(configs: Mapping[str, Config]) -> dict[str, str]:
@@ -120,20 +151,16 @@ def original_names(configs: Mapping[str, Config]) -> dict[str, str]:
 
     `unet.down_blocks.0.attentions.0.proj_in` is `input_blocks.1.1.proj_in`.
     """
-    return {f"unet.{layer.name}": layer.ldm for layer in LAYERS["unet"](configs["unet"])}
-
-
-def file_shapes(configs: Mapping[str, Config]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the single file, by its whole key."""
-    return {full: file_shape for _, _, full, _, file_shape in entries(configs)}
+    return {f"unet.{layer.name}": layer.ldm for layer in unet_layers(configs["unet"])}
 
 
 def module_names(configs: Mapping[str, Config]) -> tuple[str, ...]:
-    """Canonical names, with component, of the layers that a LoRA can adapt in U-Net and text encoder."""
+    """Canonical names, with component, of the layers that a LoRA can adapt in U-Net and text encoders."""
     return tuple(
         f"{component}.{layer.name}"
-        for component in ("unet", "text_encoder")
-        for layer in LAYERS[component](configs[component])
+        for component, (_, layers) in LAYOUTS[layout_kind(configs)].items()
+        if component != "vae"
+        for layer in layers(configs[component])
         if layer.adaptable
     )
 
@@ -153,37 +180,62 @@ def _architectures() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def architectures() -> dict[str, dict[str, dict[str, Any]]]:
-    """The known architectures: name -> component (unet, vae, text_encoder, scheduler) -> configuration."""
+    """The known architectures: name -> component (unet, vae, text encoders, scheduler) -> configuration."""
     copied: dict[str, dict[str, dict[str, Any]]] = json.loads(json.dumps(_architectures()))
     return copied
 
 
+@cache
+def _taken(name: str) -> dict[str, tuple[Shape, ...]]:
+    """The shapes that each tensor of an architecture may have in a file."""
+    return {place.key: shapes_taken(shape, place) for _, _, shape, place in entries(_architectures()[name])}
+
+
+def _telling(configs: Mapping[str, Config]) -> dict[str, Shape]:
+    """A few tensors, known without the layers, that no other architecture has with these shapes."""
+    kind, unet, text = layout_kind(configs), configs["unet"], configs["text_encoder"]
+    words = "text_model.embeddings.token_embedding" if kind != "sd2" else "token_embedding"
+    return {
+        CONV_IN: (unet["block_out_channels"][0], unet["in_channels"], 3, 3),
+        f"{PREFIXES[kind]['text_encoder']}{words}.weight": (text["vocab_size"], text["hidden_size"]),
+    }
+
+
 def detect(header: Header) -> str | None:
-    """The known architecture whose every tensor is in the file with its shape, or None."""
-    found = {key: info.shape for key, info in header.tensors.items()}
+    """The known architecture whose every tensor is in the file with its shape, or None; dtypes do not matter."""
+    tensors = header.tensors
     for name, configs in _architectures().items():
-        told = ((full, shape, file_shape) for _, _, full, shape, file_shape in entries(configs))
-        if all(found.get(full) in (shape, file_shape) for full, shape, file_shape in told):
+        if any(key not in tensors or tensors[key].shape != shape for key, shape in _telling(configs).items()):
+            continue
+        if all(key in tensors and tensors[key].shape in shapes for key, shapes in _taken(name).items()):
             return name
     return None
 
 
 def describe_unsupported(header: Header) -> str | None:
     """What a file is that `detect` does not know, in words for a message, or None if its keys do not tell."""
-    keys = header.tensors.keys()
-    for words, parts in UNSUPPORTED:
-        if any(part in key for key in keys for part in parts):
-            return words
-    if CONV_IN in keys and (channels := header.tensors[CONV_IN].shape[1:2]) not in ((4,), ()):
-        return f"a Stable Diffusion checkpoint whose U-Net takes {channels[0]} channels (inpainting or editing)"
-    return _incomplete(keys)
+    return name_of_kind({key: info.shape for key, info in header.tensors.items()}) or _nearly(header)
 
 
-def _incomplete(keys: Collection[str]) -> str | None:
-    has = {component: any(key.startswith(prefix) for key in keys) for component, prefix in PREFIXES.items()}
-    if not has["unet"] and any("decoder.conv_in." in key for key in keys):
-        return "a VAE alone"
-    if has["unet"] and not all(has.values()):
-        lacking = ", ".join(component for component, there in has.items() if not there)
-        return f"a checkpoint that is not complete: it has no {lacking}"
-    return None
+def _nearly(header: Header) -> str | None:
+    """How a file differs from the known architecture with which it shares most, if that is a quarter of it or more."""
+    tensors = header.tensors
+
+    def share(name: str) -> tuple[int, int]:
+        there = [key for key in _taken(name) if key in tensors]
+        return len(there), sum(tensors[key].shape in _taken(name)[key] for key in there)
+
+    name = max(_architectures(), key=share)
+    if share(name)[0] < len(_taken(name)) / 4:
+        return None
+    called, parts = title(_architectures()[name]), PREFIXES[layout_kind(_architectures()[name])]
+    lacking = [part for part, prefix in parts.items() if not any(key.startswith(prefix) for key in tensors)]
+    if lacking:
+        return f"a {called} checkpoint that is not complete: it has no {' and no '.join(lacking)}"
+    if missing := [key for key in _taken(name) if key not in tensors]:
+        return f"nearly a {called} checkpoint: {missing[0]!r} is missing ({len(missing)} such keys)"
+    wrong = [key for key, shapes in _taken(name).items() if tensors[key].shape not in shapes]
+    if not wrong:
+        return None
+    shape, wanted = list(tensors[wrong[0]].shape), list(_taken(name)[wrong[0]][0])
+    return f"nearly a {called} checkpoint: {wrong[0]!r} is {shape} instead of {wanted} ({len(wrong)} such keys)"

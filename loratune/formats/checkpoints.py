@@ -1,73 +1,118 @@
-"""Weights from diffusers' layout to the original single file's and back."""
+"""Weights from diffusers' layout to the original single file's and back, for every kind of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.formats.architectures import IGNORED, POSITION_IDS, PREFIXES, canonical_text_name, entries
-from loratune.formats.layouts import Config
+from loratune.formats.architectures import (
+    PREFIXES,
+    canonical_text_name,
+    entries,
+    ignored,
+    layout_kind,
+    shapes_taken,
+)
+from loratune.formats.layouts import Config, Place, Shape
 
-Old = TypeVar("Old")
-New = TypeVar("New")
+POSITION_IDS = "embeddings.position_ids"
+# What diffusers called the parts of the VAE's attention until 2023; SD 1.x folders on the hub have them still.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+Weights = Mapping[str, Mapping[str, Tensor]]
 
 
-def to_single_file(components: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> dict[str, Tensor]:
-    """The components' weights under the keys and in the shapes of the single file; values are not copied.
+def to_single_file(
+    components: Weights, configs: Mapping[str, Config], source: Path | str = "the base"
+) -> dict[str, Tensor]:
+    """The components' weights under the keys and in the shapes of the single file.
+
+    Values are not copied, except OpenCLIP's q, k and v, which become one tensor, and its projection, which is turned.
 
     Args:
-        components: unet, vae and text_encoder, each a state dict; text keys with or without text_model.
+        components: unet, vae and the text encoders, each a state dict; text keys with or without text_model.
         configs: of the same components; others are not looked at.
-
-    Raises:
-        UserError: a key is not of the configuration's table, missing, or of another shape.
-    """
-    given = {
-        (component, key): value
-        for component in PREFIXES
-        for key, value in _canonical(component, components[component]).items()
-    }
-    table = {(part, key): (full, (shape,), target) for part, key, full, shape, target in entries(configs)}
-    return _renamed(given, table, lambda name: ".".join(name))
-
-
-def from_single_file(tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `to_single_file`; schedules, averages and buffers in the file are left out.
+        source: where the weights came from, for messages.
 
     Raises:
         UserError: a key is not of the configurations' table, missing, or of another shape.
     """
-    given = {key: value for key, value in tensors.items() if not key.startswith(IGNORED)}
-    table = {full: ((part, key), (file_shape, shape), shape) for part, key, full, shape, file_shape in entries(configs)}
-    components: dict[str, dict[str, Tensor]] = {component: {} for component in PREFIXES}
-    for (component, key), value in _renamed(given, table, str).items():
-        components[component][key] = value
+    given = {
+        f"{component}.{key}": value
+        for component in PREFIXES[layout_kind(configs)]
+        for key, value in canonical_keys(component, components[component]).items()
+    }
+    table = {f"{component}.{key}": (shape, place) for component, key, shape, place in entries(configs)}
+    _check_keys(source, given.keys(), table.keys())
+    parts: dict[str, list[Tensor]] = {}
+    for name, (shape, place) in table.items():
+        _check_shape(source, name, given[name], (shape,))
+        parts.setdefault(place.key, []).append(_into_file(given[name], place))
+    return {key: torch.cat(held) if len(held) > 1 else held[0] for key, held in parts.items()}
+
+
+def from_single_file(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, Config], source: Path | str = "the checkpoint"
+) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `to_single_file`; schedules, averages and buffers in the file are left out.
+
+    Args:
+        tensors: of the file, by key.
+        configs: of its components.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a key is not of the configurations' table, missing, or of another shape.
+    """
+    table = list(entries(configs))
+    known, unused = {place.key for *_, place in table}, ignored(configs)
+    _check_keys(source, [key for key in tensors if key in known or not key.startswith(unused)], known)
+    components: dict[str, dict[str, Tensor]] = {component: {} for component in PREFIXES[layout_kind(configs)]}
+    for component, name, shape, place in table:
+        _check_shape(source, place.key, tensors[place.key], shapes_taken(shape, place))
+        components[component][name] = _out_of_file(tensors[place.key], place, shape)
     return components
 
 
-def _renamed(
-    given: Mapping[Old, Tensor],
-    table: Mapping[Old, tuple[New, tuple[tuple[int, ...], ...], tuple[int, ...]]],
-    told: Callable[[Old], str],
-) -> dict[New, Tensor]:
-    """Every tensor under its new name; `table` has the name, the shapes taken and the new shape."""
-    if unknown := [told(key) for key in given if key not in table]:
-        raise UserError(f"the key {unknown[0]!r} is not part of this architecture ({len(unknown)} such keys)")
-    if missing := [told(key) for key in table if key not in given]:
-        raise UserError(f"the key {missing[0]!r} is missing ({len(missing)} such keys); the weights are not complete")
-    renamed = {}
-    for key, (new, taken, shape) in table.items():
-        if tuple(given[key].shape) not in taken:
-            raise UserError(f"{told(key)!r} has shape {tuple(given[key].shape)}; this architecture has {taken[0]}")
-        renamed[new] = given[key].reshape(shape)
-    return renamed
+def _into_file(value: Tensor, place: Place) -> Tensor:
+    if place.rows is not None:
+        return value
+    return value.T.contiguous() if place.transposed else value.reshape(place.shape)
 
 
-def _canonical(component: str, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return canonical_text_keys(state_dict) if component == "text_encoder" else state_dict
+def _out_of_file(value: Tensor, place: Place, shape: Shape) -> Tensor:
+    part = value if place.rows is None else value[slice(*place.rows)]
+    return (part.T if place.transposed else part).reshape(shape)
+
+
+def _check_keys(source: Path | str, given: Collection[str], wanted: Collection[str]) -> None:
+    if unknown := [key for key in given if key not in wanted]:
+        raise UserError(f"{source}: {unknown[0]!r} is not part of this architecture ({len(unknown)} such keys)")
+    if missing := sorted(set(wanted) - set(given)):
+        raise UserError(f"{source}: {missing[0]!r} is missing ({len(missing)} such keys); the weights are not complete")
+
+
+def _check_shape(source: Path | str, key: str, value: Tensor, taken: tuple[Shape, ...]) -> None:
+    if tuple(value.shape) not in taken:
+        told = f"has shape {list(value.shape)}; this architecture has {list(taken[0])}"
+        raise UserError(f"{source}: {key!r} {told}")
+
+
+def canonical_keys(component: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A component's state dict under today's names, whichever version of diffusers or transformers wrote it."""
+    if component.startswith("text_encoder"):
+        return canonical_text_keys(state_dict)
+    return {_today(key): value for key, value in state_dict.items()} if component == "vae" else dict(state_dict)
+
+
+def _today(key: str) -> str:
+    before, found, part = key.partition(".mid_block.attentions.0.")
+    name, dot, kind = part.partition(".")
+    return f"{before}{found}{OLD_VAE_ATTENTION.get(name, name)}{dot}{kind}"
 
 
 def canonical_text_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

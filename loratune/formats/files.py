@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loratune.errors import UserError
+from loratune.formats.atomic import atomic_folder, atomic_path
 from loratune.formats.headers import Header, TensorInfo, header_bytes, read_header
 
 __all__ = [
@@ -24,6 +21,7 @@ __all__ = [
     "TensorInfo",
     "atomic_folder",
     "atomic_path",
+    "data_hash",
     "read_header",
     "read_tensors",
     "rewrite",
@@ -89,7 +87,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
     Raises:
         UserError: the place cannot be written to.
     """
-    ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # wide first, so all are aligned
+    ordered = _in_order(tensors)
     infos: dict[str, TensorInfo] = {}
     end = 0
     for key in ordered:
@@ -102,6 +100,18 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
             file.write(_bytes_of(tensors[key]))
 
 
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # wide first, so all are aligned
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of the data section that `write_safetensors` makes of tensors."""
+    digest = hashlib.sha256()
+    for key in _in_order(tensors):
+        digest.update(_bytes_of(tensors[key]))
+    return digest.hexdigest()
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -111,66 +121,6 @@ def _tensor_of(data: bytes, info: TensorInfo) -> Tensor:
     if not data:
         return torch.empty(info.shape, dtype=DTYPES[info.dtype])
     return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(info.shape)
-
-
-@contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path in the same folder: moved to `path` when all went well, deleted when anything did not.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    with _removed_on_failure(path, temporary):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-
-
-@contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """A temporary folder beside `path`: moved there when all went well, deleted when anything did not.
-
-    Raises:
-        UserError: `path` exists and is no empty folder, or the place cannot be written to.
-    """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not an empty folder; give another name, or remove it first")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    with _removed_on_failure(path, temporary):
-        temporary.mkdir(parents=True)
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            _sync(entry)
-        os.replace(temporary, path)
-        _sync(path.parent)
-
-
-@contextmanager
-def _removed_on_failure(path: Path, temporary: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error}); make room, or give another place") from error
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rewrite(

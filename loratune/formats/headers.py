@@ -16,6 +16,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A header's length may begin with these bytes too, so they only explain a file that is no safetensors file.
 PICKLE_MAGIC = (b"PK", b"\x80", b"\x1f\x8b")
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_SIDES = 64  # of a tensor; torch's own limit
 
 # Bytes of a number by safetensors' name of its kind. The headers are read without torch, which takes seconds to load.
 ITEM_SIZES = {
@@ -134,6 +135,9 @@ def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
         raise UserError(f"{path}: {key!r} has the unknown dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}")
     if not _is_naturals(shape) or not _is_naturals(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the shape {shape!r} or the data_offsets {offsets!r} of {key!r} are not sizes")
+    # Sides beside a zero count too: libraries multiply them for their strides.
+    if len(shape) > MAX_SIDES or math.prod(side or 1 for side in shape) >= 2**60:
+        raise _damaged(path, f"the shape of {key!r} is of no tensor ({len(shape)} sides, from {shape[:4]} on)")
     wanted = math.prod(shape) * ITEM_SIZES[dtype]
     if offsets[1] - offsets[0] != wanted:
         raise _damaged(path, f"{key!r} has {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {wanted}")

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from loratune import __version__
 from loratune.errors import UserError
-from loratune.families.files import PIPELINES, base_hash, save_diffusers_folder
+from loratune.families.files import base_hash, configs_of, lora_metadata, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
-from loratune.formats.lora import LoRAFile, standard_metadata, write_lora
-from loratune.formats.lora_layers import LoRALayer
+from loratune.formats.lora import LoRAFile, write_lora
+from loratune.formats.lora_layers import LowRank
+from loratune.formats.lora_metadata import standard_metadata, tag_frequency
 from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.ema import averaged
 from loratune.training.lora_module import LoRAModule
+from loratune.training.verify import verify
+
+__all__ = ["Export", "verify"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECIPE_KEY = "loratune.recipe"
+# What makes the layers of each kind, as sd-scripts' metadata call it, and its arguments.
+MODULES: dict[str, tuple[str, dict[str, str] | None]] = {
+    "lora": ("networks.lora", None),
+    "dora": ("lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
+    "loha": ("lycoris.kohya", {"algo": "loha"}),
+    "lokr": ("lycoris.kohya", {"algo": "lokr"}),
+}
+PREDICTIONS = {"eps": "epsilon"}
 
 
 class Export(L.Callback):
@@ -47,6 +58,11 @@ class Export(L.Callback):
         self.format, self.dtype, self.every_n_steps = format, DTYPES[dtype], every_n_steps
         self.recipe = ""
         self._written_at = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what could not be written, before anything is trained."""
+        if isinstance(pl_module, LoRAModule) and self.format == "peft" and pl_module.lora.kind in ("loha", "lokr"):
+            raise UserError(f"export.format: peft cannot hold {pl_module.lora.kind}; set export.format: kohya")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -75,60 +91,48 @@ class Export(L.Callback):
         path = Path(trainer.default_root_dir) / name
         with averaged(trainer, module):
             layers = module.layers()
-        write_lora(path, LoRAFile(layers, self._metadata(trainer, module)), self.format, self.dtype)
+        write_lora(path, LoRAFile(layers, self._metadata(trainer, module, layers)), self.format, self.dtype)
         verify(path, layers, self.format, self.dtype)
 
-    def _metadata(self, trainer: L.Trainer, module: LoRAModule) -> dict[str, str]:
-        lora = module.lora
-        family = module.family
-        kind = PIPELINES[family.pipeline].lora_metadata if isinstance(family, StableDiffusion) else {}
-        title = Path(trainer.default_root_dir).name
+    def _metadata(self, trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:
         made = {
             "loratune.version": __version__,
             "loratune.base": module.base_name,
             "loratune.base_hash": base_hash(module.base_name),
             "loratune.steps": str(trainer.global_step),
-            "loratune.targets": lora.targets,
+            "loratune.targets": module.lora.targets,
             RECIPE_KEY: self.recipe,
         }
-        return standard_metadata(rank=lora.rank, alpha=lora.scaled_alpha, name=title, **kind) | made
+        return _standard(trainer, module, layers) | made
 
 
-def verify(path: Path, layers: dict[str, LoRALayer], format: str, dtype: torch.dtype) -> None:
-    """Read a LoRA file as another program would and compare every (alpha / r) B A with the one in training.
+def _standard(trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:
+    """What other programs show of a LoRA."""
+    family = module.family
+    kind = lora_metadata(configs_of(family)) if isinstance(family, StableDiffusion) else {}
+    maker, arguments = MODULES[module.lora.kind]
+    ranks, alphas = ({getattr(layer, key) for layer in layers.values()} for key in ("rank", "alpha"))
+    return standard_metadata(
+        rank=ranks.pop() if len(ranks) == 1 else None,
+        alpha=alphas.pop() if len(alphas) == 1 else None,
+        name=Path(trainer.default_root_dir).name,
+        base_model=kind.get("base_model", "sd_v1"),
+        architecture=kind.get("architecture", "stable-diffusion-v1/lora"),
+        module=maker,
+        arguments=arguments,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        resolution=getattr(_data(trainer), "size", None),
+        prediction=PREDICTIONS.get(family.prediction, family.prediction),
+        tags=_tags(trainer),
+    )
 
-    Shares no code with the writer: names by each format's published rule, tensors by safetensors' library.
 
-    Raises:
-        UserError: a layer is missing or differs by more than the rounding to `dtype` can explain.
-    """
-    with safe_open(path, framework="pt") as file:
-        found = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    for name, layer in layers.items():
-        down, up, scale = _as_read(name, found, metadata, format)
-        read = scale * up.flatten(1) @ down.flatten(1)
-        trained = layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)
-        # Each of B and A is off by at most eps relative, or by the smallest number where that is coarser.
-        eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        bound = scale * ((2.1 * eps + 1e-6) * layer.up.abs().flatten(1) + tiny) @ (layer.down.abs().flatten(1) + tiny)
-        if not bool(((read - trained).abs() <= bound + 1e-12).all()):
-            raise UserError(f"{path}: {name} reads back as another B A than was trained; do not use this file")
+def _data(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
 
 
-def _as_read(
-    name: str, found: dict[str, Tensor], metadata: dict[str, str], format: str
-) -> tuple[Tensor, Tensor, float]:
-    try:
-        if format == "peft":
-            down, up = found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"]
-            component = name.split(".")[0]
-            carried = json.loads(metadata["lora_adapter_metadata"])
-            return down, up, carried[f"{component}.lora_alpha"] / carried[f"{component}.r"]
-        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[name.split(".")[0]]
-        key = prefix + name.split(".", 1)[1].replace(".", "_")
-        down = found[f"{key}.lora_down.weight"]
-        alpha = float(found.get(f"{key}.alpha", torch.tensor(float(len(down)))))
-        return down, found[f"{key}.lora_up.weight"], alpha / len(down)
-    except KeyError as error:
-        raise UserError(f"{name}: reads back without {error}; do not use this file") from None
+def _tags(trainer: L.Trainer) -> str | None:
+    """The tags of the training's captions, if its data have captions."""
+    data = _data(trainer)
+    captions = [entry.caption for entry in getattr(getattr(data, "training", None), "entries", ())]
+    return tag_frequency(Path(data.path).name, captions) if captions else None

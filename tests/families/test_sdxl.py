@@ -20,8 +20,8 @@ from loratune.families.sampling import draw
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.formats.bases import ASSETS
 from loratune.formats.lora import LoRAFile, write_lora
-from loratune.training.objectives import Objective
 from loratune.training.lora_module import LoRAModule
+from loratune.training.objectives import Objective
 
 CAPTIONS = ["a red disc", "a very long caption " * 30]  # one is padded, one truncated
 

@@ -20,7 +20,7 @@ from loratune.formats.bases import builtin_names, find_base
 from loratune.formats.files import write_safetensors
 from loratune.formats.lora import LoRAFile, write_lora
 from loratune.formats.lora_layers import LoRALayer
-from loratune.verbs import merge
+from loratune.merge import merge
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from loratune.formats.architectures import architectures, canonical_text_name, m
 from loratune.formats.files import read_header, read_tensors
 from loratune.formats.lora import LoRAFile, detect_format, read_lora, standard_metadata, write_lora
 from loratune.formats.lora_layers import LoRALayer
-from loratune.formats.lora_names import kohya_names
+from loratune.formats.lora_metadata import tag_frequency
+from loratune.formats.lora_names import known_shapes, kohya_names
 
 DATA = Path(__file__).parent / "data"
 SD15 = module_names(architectures()["sd15"])
@@ -116,18 +118,33 @@ def test_layers_are_the_same_only_bit_for_bit():
     assert part != layer(2, 3, 5, 1.0)
 
 
-@pytest.mark.parametrize(("name", "modules", "text"), [("attn", 176, 48), ("default", 264, 72)])
-def test_every_key_of_a_real_file_maps(tmp_path, name, modules, text):
-    raw = json.loads(gzip.decompress((DATA / f"sd15_lora_{name}_r16.json.gz").read_bytes()))
+@pytest.mark.parametrize(
+    ("name", "modules", "counts"),
+    [
+        ("sd15_lora_attn_r16", 176, {"unet": 128, "text_encoder": 48}),
+        ("sd15_lora_default_r16", 264, {"unet": 192, "text_encoder": 72}),
+        ("sdxl_lora_attn_r16", 736, {"unet": 560, "text_encoder": 48, "text_encoder_2": 128}),
+        ("sdxl_lora_default_r16", 986, {"unet": 722, "text_encoder": 72, "text_encoder_2": 192}),
+    ],
+)
+def test_every_key_of_a_real_file_maps_and_is_written_again(tmp_path, name, modules, counts):
+    raw = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
     metadata = raw.pop("__metadata__")
-    shapes = {key: tuple(min(size, 2) for size in value[1:]) for key, value in raw.items()}
-    save_file({key: torch.ones(shape).half() for key, shape in shapes.items()}, tmp_path / "a.safetensors", metadata)
+    kinds = {"F16": torch.float16, "F32": torch.float32}
+    tensors = {key: torch.zeros(shape, dtype=kinds[kind]) + 8 for key, (kind, *shape) in raw.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
     lora = read_lora(tmp_path / "a.safetensors")
     assert len(lora.layers) == modules
+    assert Counter(key.partition(".")[0] for key in lora.layers) == counts
     assert lora.metadata == metadata
-    assert sum(key.startswith("text_encoder.text_model.encoder.layers.") for key in lora.layers) == text
+    assert all(known_shapes()[name[:4]][key] in (shape_of(part),) for key, part in lora.layers.items())
     write_lora(tmp_path / "b.safetensors", lora, "kohya")
-    assert read_header(tmp_path / "b.safetensors").tensors.keys() == raw.keys()
+    header = read_header(tmp_path / "b.safetensors")
+    assert {key: [info.dtype, *info.shape] for key, info in header.tensors.items()} == raw
+
+
+def shape_of(part: LoRALayer) -> tuple[int, ...]:
+    return (part.up.shape[0], *part.down.shape[1:])
 
 
 TINY_UNET = {
@@ -207,12 +224,14 @@ def add(pipeline, lora: LoRAFile) -> None:
         parts_of(pipeline)[name].weight += part.matrix().double().view_as(parts_of(pipeline)[name].weight)
 
 
-def check_in_diffusers(pipeline, lora: LoRAFile, path: Path) -> None:
+def check_in_diffusers(pipeline, lora: LoRAFile, path: Path, padded: bool = False) -> None:
     """diffusers reads the file into as many layers as there are, each adding what ours adds."""
     before = outputs(pipeline)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     live = {name: part for name, part in parts_of(pipeline).items() if isinstance(part, LoraLayer)}
-    assert live.keys() == lora.layers.keys()
+    assert live.keys() == lora.layers.keys() or (padded and live.keys() > lora.layers.keys())
+    for name in live.keys() - lora.layers.keys():
+        assert not live[name].get_delta_weight("default_0").any()
     for name, part in lora.layers.items():
         found = live[name].get_delta_weight("default_0").float()
         torch.testing.assert_close(found, part.matrix().view_as(found), rtol=1e-5, atol=1e-6, msg=name)
@@ -248,20 +267,28 @@ def test_alpha_r_with_mixed_ranks_is_scale_one_everywhere(pipeline, tmp_path, fo
     check_in_diffusers(pipeline, lora, tmp_path / "a.safetensors")
 
 
-def test_q_k_v_of_a_text_encoder_go_as_peft_only(pipeline, tmp_path):
-    names = [name for name in TINY_NAMES if name.endswith((".q_proj", ".k_proj", ".v_proj"))]
-    lora = for_pipeline(pipeline, [*names, f"{BLOCK}.attn2.to_q"], lambda i: (2, 1.0))
-    with pytest.raises(UserError, match="q, k, v without out_proj; write format peft"):
-        write_lora(tmp_path / "a.safetensors", lora, "kohya")
-    write_lora(tmp_path / "a.safetensors", lora)
-    check_in_diffusers(pipeline, lora, tmp_path / "a.safetensors")
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+@pytest.mark.parametrize("ends", [("q_proj", "k_proj", "v_proj"), ("q_proj", "fc1"), ("fc1",), ("fc2",), ("out_proj",)])
+def test_any_part_of_a_text_encoder_is_read_whole_by_diffusers(pipeline, tmp_path, format, ends):
+    """Trap 2: without out_proj it refuses kohya's q, k, v, or leaves them out; a layer of zeros helps."""
+    names = [name for name in TINY_NAMES if name.endswith(ends)]
+    lora = for_pipeline(pipeline, [*names, f"{BLOCK}.attn2.to_q"], lambda i: (1 + i % 2, 1.0))
+    write_lora(tmp_path / "a.safetensors", lora, format)
+    assert read_lora(tmp_path / "a.safetensors", TINY_NAMES) == lora
+    check_in_diffusers(pipeline, lora, tmp_path / "a.safetensors", padded=True)
 
 
 def test_alphas_that_cannot_be_folded_exactly_are_refused(tmp_path):
     layers = {f"{BLOCK}.attn2.to_{part}": layer(2, 3, 4, alpha) for part, alpha in (("q", 1.0), ("k", 0.3))}
+    path = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match=r"the alphas differ \(0.3, 1\).*write format peft"):
-        write_lora(tmp_path / "a.safetensors", LoRAFile(layers), "kohya")
+        write_lora(path, LoRAFile(layers), "kohya")
     assert not list(tmp_path.iterdir())
+    write_lora(path, LoRAFile(layers), "kohya", torch.float32)  # whoever names a dtype takes its rounding
+    back = read_lora(path).layers
+    assert {part.alpha for part in back.values()} == {0.3}
+    for name, part in layers.items():
+        torch.testing.assert_close(back[name].matrix(torch.float64), part.matrix(torch.float64), rtol=3e-7, atol=1e-7)
 
 
 def test_alpha_is_exact_in_half_precision_too(tmp_path):
@@ -287,8 +314,6 @@ def test_what_cannot_be_written_is_told(tmp_path):
     path, part = tmp_path / "a.safetensors", layer(2, 3, 4, 1.0)
     with pytest.raises(UserError, match="no layer to write"):
         write_lora(path, LoRAFile({}))
-    with pytest.raises(UserError, match="SDXL"):
-        write_lora(path, LoRAFile({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1": part}), "kohya")
     with pytest.raises(ValueError, match="must begin with one of"):
         write_lora(path, LoRAFile({"vae.conv_in": part}))
     with pytest.raises(ValueError, match="would both be lora_unet_a_b"):
@@ -309,21 +334,31 @@ KOHYA = {
         ({"x": torch.ones(1)}, "is it a LoRA"),
         ({**PEFT, "x": torch.ones(1)}, "'x' is not part of a peft LoRA"),
         ({**KOHYA, "bundle_emb.x": torch.ones(1)}, "an embedding bundled with a LoRA"),
-        ({**KOHYA, "lora_unet_conv_in.dora_scale": torch.ones(1)}, "a DoRA"),
-        ({"unet.a.lora_magnitude_vector": torch.ones(1)}, "a DoRA"),
-        ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "LoHa"),
-        ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "LoKr"),
-        ({"lora_unet_input_blocks_4_1_proj_in.alpha": torch.ones(1)}, "SDXL LoRA with kohya's names"),
+        ({**KOHYA, "lora_unet_conv_in.dora_scale": torch.ones(1)}, r"the magnitude \(1,\) is neither"),
+        ({**KOHYA, "lora_unet_conv_in.dora_scale": torch.ones(3, 1)}, r"the magnitude \(3, 1\) is neither"),
+        ({**KOHYA, "lora_unet_conv_in.lokr_w1": torch.ones(1, 1)}, "parts of a LoKr and of a LoRA"),
+        ({"unet.a.lora_magnitude_vector": torch.ones(1)}, "is it a LoRA"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, "has no w1_b tensor"),
+        ({"lora_unet_conv_in.lokr_w1": torch.ones(1, 1)}, "a factor is missing"),
+        ({"lora_unet_conv_in.oft_blocks": torch.ones(1, 1, 1)}, "an OFT or BOFT"),
+        ({"lora_unet_conv_in.on_input": torch.ones(1)}, "an IA3"),
+        ({"lora_unet_conv_in.a1.weight": torch.ones(1, 1)}, "a GLoRA"),
+        ({**KOHYA, "lora_unet_conv_out.diff": torch.ones(1, 1)}, "whole weights"),
+        ({**KOHYA, "lora_unet_conv_norm_out.w_norm": torch.ones(1)}, "trained norms"),
+        ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(1, 1)}, "a FLUX LoRA"),
+        ({"lora_unet_joint_blocks_0_x.lora_down.weight": torch.ones(1, 1)}, "a Stable Diffusion 3 LoRA"),
+        ({"lora_unet_input_blocks_99_1_proj_in.alpha": torch.ones(1)}, "is it a LoRA"),
         ({"transformer.x_embedder.lora_A.weight": torch.ones(1)}, "a LoRA of a transformer"),
-        ({"unet.down_blocks.0.attn1.processor.to_q_lora.down.weight": torch.ones(1)}, "attention processors"),
-        ({"unet:0:up": torch.ones(1)}, "cloneofsimo"),
-        ({"base_model.model.x.lora_A.weight": torch.ones(1)}, "peft adapter folder"),
+        ({"unet.down_blocks.0.attn1.processor.to_q_lora.down.weight": torch.ones(1, 1)}, "has no up tensor"),
+        ({"unet:0:up": torch.ones(1, 1), "unet:0:down": torch.ones(1, 1)}, r"layers \(1 of unet\) fit neither"),
+        ({"unet:x:up": torch.ones(1, 1), "unet:x:down": torch.ones(1, 1)}, "'unet:x', which is no layer"),
+        ({f"base_model.model.x.{key}": value for key, value in PAIR.items()}, "no layer of the architectures"),
         (
             {key.replace("conv_in", "new"): value for key, value in KOHYA.items()},
-            "'lora_unet_new' is no layer",
+            "'lora_unet_new', which is no layer",
         ),
-        ({key.replace("unet.", "vae."): value for key, value in PEFT.items()}, "'vae.* is in none of"),
-        (dict(list(KOHYA.items())[:1]), "'lora_unet_conv_in' has no up tensor"),
+        ({key.replace("unet.", "vae."): value for key, value in PEFT.items()}, "'vae.*is in none of"),
+        (dict(list(KOHYA.items())[:1]), "'lora_unet_conv_in', which has no up tensor"),
         (dict(list(PEFT.items())[1:]), "has no down tensor"),
         ({**PEFT, f"{BLOCK}.attn2.to_q.lora_B.weight": torch.ones(4, 3)}, r"down \(2, 3\) and up \(4, 3\)"),
         ({key: value.int() for key, value in PEFT.items()}, "a LoRA holds floating point numbers"),
@@ -405,8 +440,10 @@ def test_kohya_text_encoders_of_both_spellings(tmp_path):
         name = f"{component}.text_model.encoder.layers.0.self_attn.q_proj"
         assert list(read_lora(tmp_path / "a.safetensors", [name]).layers) == [name]
         assert detect_format(tensors) == "kohya"
+    unknown = {key.replace("layers_0", "layers_99"): value for key, value in tensors.items()}
+    save_file(unknown, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="is no layer of the architectures known here"):
-        read_lora(tmp_path / "a.safetensors")
+        read_lora(tmp_path / "b.safetensors")
 
 
 def test_no_key_of_a_peft_file_is_an_alpha(tmp_path):
@@ -462,6 +499,14 @@ def test_standard_metadata_leaves_out_what_is_not_known():
         "modelspec.implementation": "diffusers",
         "modelspec.title": "Ink",
     }
+    told = standard_metadata(
+        architecture="stable-diffusion-xl-v1-base/lora", resolution=1024, prediction="v", date="2024-01-02T03:04:05"
+    )
+    assert told["modelspec.resolution"] == "1024x1024"
+    assert told["modelspec.prediction_type"] == "v"
+    assert told["modelspec.date"] == "2024-01-02T03:04:05"
+    assert told["modelspec.implementation"].endswith("generative-models")
+    assert json.loads(tag_frequency("ink", ["a, b", "b,", "a dog,b"])) == {"ink": {"b": 3, "a": 1, "a dog": 1}}
     assert standard_metadata(alpha=0.5)["ss_network_alpha"] == "0.5"
     assert "ss_network_dim" not in standard_metadata()
     assert "modelspec.title" not in standard_metadata()

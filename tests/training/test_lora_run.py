@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from safetensors.torch import load_file
 
 from loratune.adapters.lora import LoRA, adapted_layers, switch
 from loratune.cli import main
+from loratune.errors import UserError
 from loratune.families.files import load_family
+from loratune.families.pipelines import layer_names
+from loratune.formats.architectures import architectures, module_names
+from loratune.formats.bases import configs_of_file
 from loratune.formats.lora import LoRAFile, read_lora, write_lora
-from loratune.formats.lora_layers import LoRALayer
+from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.recipe import run as run_recipe
 from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
@@ -80,6 +85,11 @@ def test_a_run_leaves_a_lora_with_its_recipe(recipe: Path, tmp_path: Path, tiny_
     assert file.metadata["loratune.base"] == str(tiny_base)
     assert len(file.metadata["loratune.base_hash"]) == 64
     assert file.metadata["ss_network_dim"] == "4"
+    tags = json.loads(file.metadata["ss_tag_frequency"])["pictures"]
+    assert 6 <= sum(tags.values()) <= 12
+    assert all(tag.startswith("a ") for tag in tags)
+    assert file.metadata["modelspec.resolution"] == "16x16"
+    assert file.metadata["modelspec.date"].startswith("20")
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert all("lora_" in name for name in checkpoint["state_dict"])
     assert (run / "recipe.yaml").is_file()
@@ -123,6 +133,68 @@ def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, format: str
             verify(path, {name: wrong}, format, torch.float16)
     with pytest.raises(Exception, match="do not use this file"):
         verify(path, {name.replace("to_q", "to_k"): layer}, format, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "algorithm"), [("dora", "peft", "lora"), ("loha", "kohya", "loha"), ("lokr", "kohya", "lokr")]
+)
+def test_other_kinds_are_written_and_read(
+    recipe: Path, tmp_path: Path, tiny_base: Path, kind: str, format: str, algorithm: str
+) -> None:
+    words = ["--model.lora.kind", kind, "--export.format", format, "--export.dtype", "float32"]
+    assert main(["fit", "-c", str(recipe), *words]) == 0
+    path = tmp_path / "run" / "lora.safetensors"
+    ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_family(str(tiny_base))
+    assert not torch.allclose(predictions(ours), predictions(base), atol=1e-3)
+    file = read_lora(path, layer_names(configs_of_file(tiny_base)))
+    assert {layer.name for layer in file.layers.values()} == {KINDS[kind]}
+    assert file.metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(file.metadata["ss_network_args"])["algo"] == algorithm
+
+
+KINDS = {"dora": "DoRA of LoRA", "loha": "LoHa", "lokr": "LoKr"}
+
+
+def test_a_kind_that_the_format_cannot_hold_is_refused_before_training(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "-c", str(recipe), "--model.lora.kind", "loha", "--export.format", "peft"]) == 2
+    assert "peft cannot hold loha; set export.format: kohya" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "lora.safetensors").exists()
+
+
+def changed(layer: LowRank, field: str) -> LowRank:
+    return type(layer)(**{**vars(layer), field: getattr(layer, field) * 1.5})
+
+
+LAYERS: dict[str, tuple[str, LowRank]] = {
+    "w1_a": ("kohya", LoHaLayer(torch.rand(4, 2), torch.rand(2, 3), torch.rand(4, 2), torch.rand(2, 3), 1.0)),
+    "w2": ("kohya", LoKrLayer(2.0, w1=torch.rand(2, 2), w2=torch.rand(2, 3))),
+    "alpha": ("kohya", LoKrLayer(2.0, w1=torch.rand(2, 2), w2_a=torch.rand(2, 2), w2_b=torch.rand(2, 2))),
+    "magnitude": ("peft", LoRALayer(torch.rand(2, 3), torch.rand(4, 2), 1.0, magnitude=torch.rand(4, 1))),
+    "up": ("kohya", LoRALayer(torch.rand(2, 3), torch.rand(4, 2), 1.0, magnitude=torch.rand(4, 1))),
+}
+
+
+@pytest.mark.parametrize("field", LAYERS)
+def test_a_wrong_file_of_any_kind_does_not_pass(tmp_path: Path, field: str) -> None:
+    format, layer = LAYERS[field]
+    path = tmp_path / "x.safetensors"
+    write_lora(path, LoRAFile({"unet.conv_in": layer}), format, torch.float16)  # type: ignore[arg-type]
+    verify(path, {"unet.conv_in": layer}, format, torch.float16)
+    with pytest.raises(UserError, match="do not use this file"):
+        verify(path, {"unet.conv_in": changed(layer, field)}, format, torch.float16)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_every_layer_is_found_under_its_published_name(tmp_path: Path, family: str, format: str) -> None:
+    names = module_names(architectures()[family])
+    layers = {name: LoRALayer(torch.rand(1 + i % 2, 3), torch.rand(2, 1 + i % 2), 1.0) for i, name in enumerate(names)}
+    write_lora(tmp_path / "x.safetensors", LoRAFile(layers), format)  # type: ignore[arg-type]
+    verify(tmp_path / "x.safetensors", layers, format, torch.float32)
+    original = any("input_blocks_4_1_" in key for key in load_file(tmp_path / "x.safetensors"))
+    assert original == (family == "sdxl" and format == "kohya")
 
 
 def test_tensorboard_has_what_a_run_is_judged_by(recipe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,436 @@
+"""`loratune merge`: LoRAs added to a checkpoint, or taken out again. torch is loaded while the copy is under way."""
+
+from __future__ import annotations
+
+import json as jsons
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune.adapters.slots import Slot, component_slots, file_slots
+from loratune.adapters.weighting import Given, block_of, check_blocks, mentioned, parse
+from loratune.errors import UserError
+from loratune.formats.architectures import module_names, original_names
+from loratune.formats.atomic import atomic_folder, atomic_path
+from loratune.formats.bases import PIPELINE_PARTS, WEIGHTS, Configs, configs_of_file, find_base
+from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
+from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
+
+if TYPE_CHECKING:
+    from loratune.adapters.merge import Matches, Weighted
+    from loratune.adapters.merge_files import Tally
+
+MERGES_KEY = "loratune.merged"
+TEXTS = (".json", ".txt")
+SMALL = 1 << 20  # bytes; what is less is copied at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be merged.
+
+    Args:
+        base: as given.
+        path: of the base.
+        given: the LoRAs.
+        out: what is written.
+        exact: compute in float64.
+        allow_partial: leave out what the base has no layer for.
+        in_place: `out` may be the base.
+        unmerge: subtract.
+    """
+
+    base: str
+    path: Path
+    given: Sequence[Given]
+    out: Path
+    exact: bool = False
+    allow_partial: bool = False
+    in_place: bool = False
+    unmerge: bool = False
+
+    @cached_property
+    def configs(self) -> Configs:
+        """The base's configurations."""
+        return configs_of_file(self.path)
+
+    @cached_property
+    def files(self) -> dict[str, dict[Path, Header]]:
+        """The files that hold the base's weights: by component in a folder, all under "" in a single file."""
+        if self.path.is_file():
+            return {"": {self.path: read_header(self.path)}}
+        parts = [part for part in PIPELINE_PARTS[self.configs["model_index"]["_class_name"]] if part != "vae"]
+        return {part: {file: read_header(file) for file in weight_files(self.path, part)} for part in parts}
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Where the weights of the base's layers lie, by canonical name."""
+        if self.path.is_file():
+            return file_slots(self.path, self.files[""][self.path], self.configs)
+        found: dict[str, Slot] = {}
+        for part, headers in self.files.items():
+            found |= component_slots(part, headers)
+        return found
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What the merged file's metadata says of this merge."""
+        flags = {name: True for name in ("exact", "unmerge") if getattr(self, name)}
+        return {"base": self.base, "loras": [one.told() for one in self.given], **flags}
+
+
+def merge(
+    base: str,
+    lora: Sequence[str],
+    out: Path,
+    exact: bool = False,
+    allow_partial: bool = False,
+    in_place: bool = False,
+    unmerge: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a base with LoRAs added (or subtracted) and say what that did.
+
+    Raises:
+        UserError: nothing to add, the LoRAs do not fit, or the place cannot be written to; nothing is left there.
+    """
+    if not lora:
+        raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:WEIGHT")
+    asked = Request(base, find_base(base), [parse(text) for text in lora], out, exact, allow_partial, in_place, unmerge)
+    _check_out(asked)
+    for one in asked.given:
+        check_blocks(one, module_names(asked.configs))
+    converting = asked.path.is_dir() == (out.suffix == ".safetensors")
+    report = _converted(asked) if converting else _streamed(asked)
+    if json:
+        print(jsons.dumps(report, indent=2))
+    else:
+        _show(report)
+
+
+def _check_out(asked: Request) -> None:
+    out, path = asked.out, asked.path
+    if out.suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError(f"--out {out}: pickles are not written; give a name that ends in .safetensors, or a folder's")
+    for one in asked.given:
+        if _same(out, one.path):
+            raise UserError(f"--out {out}: is a LoRA that is merged; give another name")
+    if _same(out, path) and not asked.in_place:
+        raise UserError(f"--out {out}: is the base itself; give another name, or --in-place to replace it")
+    if path.is_dir() and path.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out}: lies inside the base; give another place")
+    if out.suffix == ".safetensors" and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give another name")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file or folder, however they are spelled or linked."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and os.path.samefile(one, other))
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files with a component's weights: the plain one, else a variant (fp16), else its shards.
+
+    Raises:
+        UserError: there is none.
+    """
+    plain = folder / part / WEIGHTS[part]
+    if plain.is_file():
+        return [plain]
+    stem = plain.name.removesuffix(".safetensors")
+    found = sorted((folder / part).glob(f"{stem}[.-]*.safetensors"))
+    shards = [file for file in found if "-of-" in file.name]
+    variants = [file for file in found if file not in shards and "ema" not in file.name]
+    if variants:
+        return variants[:1]
+    if not shards:
+        raise UserError(f"{plain}: there is no such file, nor a variant of it; only .safetensors files are loaded")
+    # Of shards in several precisions, one.
+    first = shards[0].name.partition("-0")[0]
+    last = shards[0].name.partition("-of-")[2]
+    return [file for file in shards if file.name.startswith(f"{first}-0") and file.name.endswith(f"-of-{last}")]
+
+
+def noted(metadata: Mapping[str, str], note: Mapping[str, Any]) -> dict[str, str]:
+    """A file's metadata with one merge more in its list of them."""
+    try:
+        before = jsons.loads(metadata.get(MERGES_KEY, "[]"))
+    except (ValueError, RecursionError):
+        before = metadata[MERGES_KEY]
+    merges = before if isinstance(before, list) else [before]
+    return {**metadata, MERGES_KEY: jsons.dumps([*merges, note])}
+
+
+class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the LoRAs' keys was wrong)
+    """Other components are changed than was thought when writing began."""
+
+    def __init__(self, parts: set[str]) -> None:
+        self.parts = parts
+
+
+def _streamed(asked: Request) -> dict[str, Any]:
+    """Merge into what the base is: a file into a file, a folder into a folder."""
+    keys = [key for one in asked.given for key in read_header(one.path).tensors]
+    originals = original_names(asked.configs)
+    guessed = mentioned(keys, {name: originals.get(name, name) for name in asked.slots})
+    parts = {""} if asked.path.is_file() else {name.split(".")[0] for name in guessed}
+    try:
+        return _attempt(asked, guessed, parts)
+    except _OtherParts as other:
+        return _attempt(asked, guessed, other.parts)
+
+
+def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, Any]:
+    """Merge, with notes in the files of some components; the others' files stay as they are, byte for byte.
+
+    Raises:
+        _OtherParts: those are not the components that change.
+    """
+    bar = _Bar()
+    with ExitStack() as stack:
+        target = _place(asked, stack)
+        outputs = _open(asked, target, parts, stack)
+        headers = {file: header for part in parts for file, header in asked.files[part].items()}
+        changing = {file: output for file, output in outputs.items() if file in headers}
+        withheld = {file: _ranges(asked.slots, guessed, file) for file in changing}
+        _check_room(asked, outputs, withheld)
+        writer = stack.enter_context(Writer(bar.advance))
+        for file, output in outputs.items():
+            writer.copy(output, without([(0, output.length)], withheld.get(file, [])))
+        bar.show(sum(output.length for output in outputs.values()), stack)
+
+        from loratune.adapters.merge_files import apply, patches  # only now, as this loads torch
+
+        loras, found = _matched(asked, {name: slot.shape for name, slot in asked.slots.items()})
+        actual = {""} if asked.path.is_file() else {name.split(".")[0] for name in found.terms}
+        if actual != parts:
+            raise _OtherParts(actual)
+        made = patches(asked.slots, found.terms)
+        tallies = apply(made, changing, writer, withheld, asked.exact, asked.unmerge)
+    tensors = len({(patch.slot.file, patch.slot.key) for patch in made})
+    return _report(asked, loras, found, tallies, tensors)
+
+
+def _place(asked: Request, stack: ExitStack) -> Path:
+    """The temporary file or folder that becomes the output."""
+    replace = asked.in_place and _same(asked.out, asked.path)
+    out = asked.out.resolve() if replace else asked.out  # the base itself, not a link to it
+    return stack.enter_context(atomic_folder(out, replace) if asked.path.is_dir() else atomic_path(out))
+
+
+def _open(asked: Request, target: Path, parts: Iterable[str], stack: ExitStack) -> dict[Path, Output]:
+    """The outputs by source file, with their headers; a folder's small files are copied."""
+    headers = {file: header for part in parts for file, header in asked.files[part].items()}
+    if asked.path.is_file():
+        metadata = noted(headers[asked.path].metadata, asked.note)
+        return {asked.path: stack.enter_context(opened(asked.path, headers[asked.path], target, metadata))}
+    outputs: dict[Path, Output] = {}
+    for file in _kept(asked.path, parts, headers):
+        place = target / file.relative_to(asked.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file in headers:
+            metadata = noted(headers[file].metadata, asked.note)
+            outputs[file] = stack.enter_context(opened(file, headers[file], place, metadata))
+        elif file.stat().st_size < SMALL:
+            shutil.copyfile(file, place)
+        else:
+            outputs[file] = stack.enter_context(opened_copy(file, place))
+    return outputs
+
+
+def _kept(folder: Path, parts: Iterable[str], weights: Mapping[Path, Header]) -> list[Path]:
+    """A folder's files, without other copies (half precision, pickles) of the weights of components that change.
+
+    They would stay unmerged beside the merged ones.
+    """
+    changing = {folder / part for part in parts}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if file.parent not in changing or file.suffix in TEXTS or file in weights]
+
+
+def _ranges(slots: Mapping[str, Slot], names: Iterable[str], file: Path) -> list[Range]:
+    return joined((slots[name].start, slots[name].stop) for name in names if slots[name].file == file)
+
+
+def _check_room(asked: Request, outputs: Mapping[Path, Output], withheld: Mapping[Path, Sequence[Range]]) -> None:
+    needed = 0
+    for file, output in outputs.items():
+        changed = sum(stop - start for start, stop in withheld.get(file, []))
+        needed += changed if output.shared else output.begins[1] + output.length
+    check_space(asked.out.resolve().parent, needed, asked.out)
+
+
+def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted], Matches]:
+    """The LoRAs, read, and their layers in the base."""
+    from loratune.adapters.merge import Weighted, terms_by_layer
+    from loratune.formats.lora import read_lora
+
+    names = module_names(asked.configs)
+    loras = [Weighted(one, read_lora(one.path, names)) for one in asked.given]
+    for one in loras if asked.unmerge else []:
+        if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
+            told = "is a DoRA, whose change depends on the W_0 that is wanted back"
+            raise UserError(f"{one.path}: {dora[0]} {told}; it cannot be unmerged")
+    return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
+
+
+def _converted(asked: Request) -> dict[str, Any]:
+    """Merge a folder into a single file, or the other way; all weights are in memory."""
+    from loratune.adapters.merge_files import checked
+    from loratune.families.files import read_folder, read_single_file, write_single_file
+    from loratune.families.writing import write_settings
+    from loratune.formats.files import write_safetensors
+
+    path = asked.path
+    configs, weights = read_folder(path) if path.is_dir() else read_single_file(path)
+    flat = {
+        f"{part}.{key.removesuffix('.weight')}": (part, key)
+        for part in weights
+        if part != "vae"
+        for key in weights[part]
+        if key.endswith(".weight")
+    }
+    loras, found = _matched(asked, {name: weights[part][key].shape for name, (part, key) in flat.items()})
+    tallies: dict[str, Tally] = {}
+    for name, terms in found.terms.items():
+        if some := [(weight, layer) for weight, layer in terms if weight]:
+            part, key = flat[name]
+            where = f"{path}: {part} {key!r}"
+            weights[part][key], tallies[name] = checked(weights[part][key], some, where, asked.exact, asked.unmerge)
+    headers = [header for some in asked.files.values() for header in some.values()]
+    merges = {key: header.metadata[key] for header in headers for key in (MERGES_KEY,) if key in header.metadata}
+    note = {MERGES_KEY: noted(merges, asked.note)[MERGES_KEY]}
+    size = sum(value.numel() * value.element_size() for some in weights.values() for value in some.values())
+    folder = asked.out.resolve().parent
+    check_space(next(one for one in (folder, *folder.parents) if one.exists()), size, asked.out)
+    if asked.out.suffix == ".safetensors":
+        write_single_file(asked.out, configs, weights, note)
+    else:
+        with atomic_folder(asked.out) as temporary:
+            for part in weights:
+                changed = any(name.startswith(f"{part}.") for name in found.terms)
+                metadata = {"format": "pt", **(note if changed else {})}
+                (temporary / part).mkdir()
+                write_safetensors(temporary / part / WEIGHTS[part], weights[part], metadata)
+            write_settings(temporary, configs)
+    return _report(asked, loras, found, tallies, len(tallies))
+
+
+def _report(
+    asked: Request, loras: Sequence[Weighted], found: Matches, tallies: Mapping[str, Tally], tensors: int
+) -> dict[str, Any]:
+    """What merging did, as JSON has it."""
+    from loratune.adapters.merge_files import Tally
+
+    blocks: dict[str, Tally] = {}
+    for name, tally in tallies.items():
+        blocks[block_of(name)] = blocks.get(block_of(name), Tally()) + tally
+    whole = sum(tallies.values(), Tally())
+    told: dict[str, Any] = {
+        "out": str(asked.out),
+        "base": asked.base,
+        "loras": [
+            {
+                "file": str(one.path),
+                "weight": one.weight,
+                "blocks": dict(one.given.blocks),
+                "layers": len(one.file.layers),
+                "matched": len(one.file.layers) - len(lacking),
+                "unmatched": lacking,
+            }
+            for one, lacking in zip(loras, found.unmatched, strict=True)
+        ],
+        "exact": asked.exact,
+        "unmerge": asked.unmerge,
+        "layers": len(tallies),
+        "tensors": tensors,
+        **_tally(whole, asked.unmerge),
+        "blocks": {block: _tally(blocks[block], asked.unmerge) for block in sorted(blocks, key=_order)},
+    }
+    return told
+
+
+def _tally(tally: Tally, unmerge: bool) -> dict[str, Any]:
+    told = {
+        "layers": tally.layers,
+        "change": tally.ratio,
+        "elements": tally.elements,
+        "unchanged": tally.unchanged,
+    }
+    if unmerge:
+        base = tally.base or 1.0
+        told["may differ"] = tally.doubtful
+        told["differ at most"] = (tally.bound / base) ** 0.5
+        told["differ expected"] = (tally.expected / base) ** 0.5
+    return told
+
+
+def _order(block: str) -> tuple[int, str]:
+    first = block.split(".")[0]
+    order = ("unet", "down", "mid", "up", "te1", "te2")
+    return order.index(first) if first in order else len(order), block
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("block")
+    for name in ("layers", "||dW||/||W||", "rounded away"):
+        table.add_column(name, justify="right")
+    for block, tally in report["blocks"].items():
+        table.add_row(block, str(tally["layers"]), f"{tally['change']:.4f}", _share(tally["unchanged"], tally))
+    if report["blocks"]:
+        table.add_row("all", str(report["layers"]), f"{report['change']:.4f}", _share(report["unchanged"], report))
+        Console().print(table)
+    for one in report["loras"]:
+        left = f", {len(one['unmatched'])} not in the base" if one["unmatched"] else ""
+        print(f"{one['file']}: {one['matched']} of {one['layers']} layers matched{left}")
+    if report["unmerge"]:
+        most, mean = report["differ at most"], report["differ expected"]
+        told = f"{_share(report['may differ'], report)} of the elements may differ from the original by rounding"
+        print(f"{told}: by {most:.2e} of ||W|| at most, and about {mean:.2e}")
+    count = len(report["loras"])
+    done = "taken out of" if report["unmerge"] else "changed by"
+    verb = f"{report['layers']} layers ({report['tensors']} tensors) {done} {count} LoRA{'s' if count > 1 else ''}"
+    print(f"{report['out']}: {verb}")
+
+
+def _share(part: int, tally: Mapping[str, Any]) -> str:
+    return f"{100 * part / max(1, tally['elements']):.2f} %"
+
+
+class _Bar:
+    """Bytes done, shown on a terminal; counted from before there is anything to show them with."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._show: Any = None
+
+    def advance(self, count: int) -> None:
+        """Count bytes; threads may call it at once."""
+        if self._show is None:
+            self._done += count
+        else:
+            self._show(count)
+
+    def show(self, total: int, stack: ExitStack) -> None:
+        """Draw a bar on stderr, if that is a terminal, until the stack is left."""
+        import sys
+
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        task = progress.add_task("merging", total=total)
+        self._show = lambda count: progress.advance(task, count)
+        self._show(self._done)
