@@ -32,6 +32,9 @@ def sample(
     size: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
+    embedding: list[Path] = [],  # noqa: B006
+    chunks: int = 1,
+    weights: bool = False,
 ) -> None:
     """Draw pictures: a PNG for each prompt and seed, and a grid of them all.
 
@@ -49,13 +52,33 @@ def sample(
         size: side in pixels; by default the base's own.
         batch_size: pictures drawn at once; above 1 the last bits of a picture may depend on it.
         device: auto, cpu, cuda, cuda:1, mps.
+        embedding: a file with a learned token (textual inversion), which prompts then may name; repeat it.
+        chunks: windows of 75 tokens that a prompt may fill.
+        weights: read (word:1.2) in prompts as a weight; brackets that are meant are then written \\( and \\).
     """
     from loratune.verbs import sample as run
 
     listed = [line.strip() for line in _read(prompts).splitlines() if line.strip()] if prompts else []
     if not prompt and not listed:
         raise UserError("sample: nothing to draw; give --prompt TEXT or --prompts FILE")
-    run(base, lora, [*prompt, *listed], out, steps, guidance, sampler, seed, count, size, batch_size, device)
+    wanted = [*prompt, *listed]
+    run(
+        base,
+        lora,
+        wanted,
+        out,
+        steps,
+        guidance,
+        sampler,
+        seed,
+        count,
+        size,
+        batch_size,
+        device,
+        embedding,
+        chunks,
+        weights,
+    )
 
 
 def merge(
@@ -248,7 +271,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "measure": measure,
     "quickstart": quickstart,
 }
-REPEATABLE = ("--lora", "--prompt")
+REPEATABLE = ("--lora", "--prompt", "--embedding")
 POSITIONAL = {"inspect": "file", "convert": "file", "resize": "file"}
 
 

@@ -11,8 +11,10 @@ from rich.progress import track
 from torch import Tensor
 
 from loratune.adapters.merge import merge_into, parse_weighted
+from loratune.adapters.tokens import put_embedding
 from loratune.errors import UserError
 from loratune.families.files import layer_names, load_family
+from loratune.families.prompts import Prompts, parse_weights
 from loratune.families.sampling import draw, make_sampler
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.bases import configs_of_file, find_base
@@ -34,11 +36,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not available here; give cpu or auto") from None
 
 
-def load_with(base: str, lora: Sequence[str], device: str = "auto") -> StableDiffusion:
-    """A base with LoRAs added to its weights, ready to draw."""
+def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: Sequence[Path] = ()) -> StableDiffusion:
+    """A base with LoRAs added to its weights and with learned tokens, ready to draw."""
     family = load_family(base)
     names = layer_names(configs_of_file(find_base(base)))
     merge_into(family.components(), [parse_weighted(text, names) for text in lora])
+    for file in embedding:
+        put_embedding(file, family.text_parts())
     return family.requires_grad_(False).eval().to(pick_device(device))
 
 
@@ -60,12 +64,22 @@ def sample(
     size: int | None,
     batch_size: int,
     device: str,
+    embedding: Sequence[Path] = (),
+    chunks: int = 1,
+    weights: bool = False,
 ) -> None:
     """Draw `count` pictures of each prompt into `out`: PNG files and grid.png."""
     for key, value in (("steps", steps), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{key} is {value}; give 1 or more")
-    family = load_with(base, lora, device)
+    try:
+        told = Prompts(chunks, weights)
+    except ValueError as error:
+        raise UserError(f"--{str(error).removeprefix('prompts.')}") from None
+    for prompt in prompts if weights else ():
+        parse_weights(prompt)
+    family = load_with(base, lora, device, embedding)
+    family.prompts = told
     make_sampler(sampler, family.scheduler_config)
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
     side = size or own_size(family)

@@ -25,6 +25,7 @@ PRESETS = {
     "attention+ff": r".*\b(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
     "all-linear": r".*",
     "all": r".*",
+    "none": r"(?!)",
 }
 TEXT_TARGETS = r".*\bself_attn\.(q_proj|k_proj|v_proj|out_proj)"
 # Where peft keeps each factor of an adapter, by the field of the layer in files.
@@ -48,8 +49,9 @@ class LoRA:
         alpha: the scale is alpha / r; by default r, so that the scale is 1.
         rslora: make the scale alpha / sqrt(r) (Kalajdzievski 2023).
         dropout: share of x's entries dropped before A, in [0, 1); of the rows of Delta W for loha and lokr.
-        targets: cross-attention (W_Q, W_K, W_V), attention, attention+ff, all-linear, all (convolutions too), or
-            a regular expression that whole module names of the U-Net must match.
+        targets: cross-attention (W_Q, W_K, W_V), attention, attention+ff, all-linear, all (convolutions too), none
+            (new tokens or the text encoder alone), or a regular expression that whole module names of the U-Net
+            must match.
         ranks: other ranks by a regular expression of whole module names; the first that matches counts.
         alphas: other alphas, likewise.
         init: of A, with B = 0: kaiming, or gaussian; or of both from W_0, with B A taken from it: pissa (Meng
@@ -298,7 +300,7 @@ def parameter_groups(components: Mapping[str, nn.Module], lora: LoRA) -> list[di
     for name, module in components.items():
         text = lora.text_encoder_rate if name.startswith("text_encoder") else 1.0
         for key, parameter in module.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and is_adapter(key):
                 own = text * (lora.b_rate if ".lora_B." in f".{key}" else 1.0)
                 groups.setdefault(own, []).append(parameter)
     return [{"params": held, "factor": factor} for factor, held in groups.items()]

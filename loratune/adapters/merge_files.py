@@ -207,7 +207,7 @@ def apply(
     """
     for file, output in outputs.items():
         writer.copy(output, without(withheld[file], [patch.range for patch in made if patch.slot.file == file]))
-    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 1))  # one more is the writer
+    workers = min(MAX_WORKERS, os.cpu_count() or 1)  # the writer mostly waits for the disk
     buffers = Buffers(workers + SPARE)
 
     def one(patch: Patch) -> Tally:

@@ -29,6 +29,9 @@ class Encodes(Protocol):
     def components(self) -> dict[str, nn.Module]:
         """Parts with weights, by name."""
 
+    def text_settings(self) -> str:
+        """What decides beside the weights what captions are encoded as."""
+
     def to(self, device: torch.device) -> Any:
         """Move the weights."""
 
@@ -58,6 +61,7 @@ class Encoder:
         parts = family.components()
         self.vae_hash = _weights_hash([part for name, part in parts.items() if name == "vae"])
         self.text_hash = _weights_hash([part for name, part in parts.items() if name.startswith("text_encoder")])
+        self.text_settings = family.text_settings() if text else ""
 
     def prepare(self, entry: Entry, data: bytes) -> None:
         """See that a sample is in the cache.
@@ -72,7 +76,7 @@ class Encoder:
         key = key_of(what="picture", picture=entry.digest, size=self.size, vae=self.vae_hash)
         sample: dict[str, Any] = self._get(key, lambda: self._encode_picture(data()))
         if self.text:
-            key = key_of(what="text", caption=entry.caption, encoder=self.text_hash)
+            key = key_of(what="text", caption=entry.caption, encoder=self.text_hash, settings=self.text_settings)
             sample["condition"] = self._get(key, lambda: self._encode_text(entry.caption))
         return sample
 

@@ -57,6 +57,10 @@ class Family(nn.Module, ABC):
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """What the network is told for each caption."""
 
+    def text_settings(self) -> str:
+        """What decides beside the weights what `encode_text` makes of a caption: a part of the text cache's keys."""
+        return ""
+
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's prediction for x_t at steps t (B,); same shape as x_t."""

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from loratune.families.base import Condition
-from loratune.families.stable_diffusion import StableDiffusion, token_ids
+from loratune.families.prompts import firsts
+from loratune.families.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion with a second text encoder, and a U-Net that is told more.
 
-    A condition is `text` (B, 77, d1 + d2), the penultimate hidden states of both encoders side by side, and
-    `pooled` (B, p), the projected last state of the second. The sizes are no part of it: they are those of
-    x_t, so what is cached for a caption holds for every size.
+    A condition is `text` (B, 77 N, d1 + d2), the penultimate hidden states of both encoders side by side for N
+    windows, and `pooled` (B, p), the projected last state of the second for the first window. The sizes are no part
+    of it: they are those of x_t, so what is cached for a caption holds for every size.
 
     Args:
         unet: the network; its `addition_embed_type` is `text_time`.
@@ -53,20 +54,27 @@ class StableDiffusionXL(StableDiffusion):
     def components(self) -> dict[str, nn.Module]:
         return super().components() | {"text_encoder_2": self.text_encoder_2}
 
-    def encode_text(self, captions: Sequence[str]) -> Condition:
-        """What the network is told for each caption: `text` (B, 77, d1 + d2) and `pooled` (B, p).
+    def text_parts(self) -> dict[str, tuple[Any, Any]]:
+        return super().text_parts() | {"text_encoder_2": (self.tokenizer_2, self.text_encoder_2)}
 
-        An empty caption is told as zeros: SDXL was trained so, and diffusers' pipeline guides away from zeros.
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """What the network is told for each caption: `text` (B, 77 N, d1 + d2) and `pooled` (B, p) for N windows.
+
+        With several windows `text_mask` (B, 77 N) is true where a caption fills one. An empty caption is told as
+        zeros: SDXL was trained so, and diffusers' pipeline guides away from zeros.
         """
-        pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
-        made = [
-            encoder(token_ids(captions, tokenizer, encoder).to(self.device), output_hidden_states=True)
-            for tokenizer, encoder in pairs
-        ]
-        text = torch.cat([one.hidden_states[-2] for one in made], dim=-1).float()
+        conditions = []
+        for part, (_, encoder) in self.text_parts().items():
+            made = self.windows(captions, part)
+            output = encoder(made.ids.to(self.device), output_hidden_states=True)
+            conditions.append(self.joined(output.hidden_states[-2].float(), made))
+        pooled = output.text_embeds.float()
+        if self.prompts.chunks > 1:
+            pooled = pooled[firsts(made.counts)]
         empty = torch.tensor([not caption for caption in captions], device=self.device)
-        pooled = made[1].text_embeds.float()
-        return {"text": text.masked_fill(empty[:, None, None], 0), "pooled": pooled.masked_fill(empty[:, None], 0)}
+        text = torch.cat([one["text"] for one in conditions], dim=-1)
+        told = {"text": text.masked_fill(empty[:, None, None], 0), "pooled": pooled.masked_fill(empty[:, None], 0)}
+        return conditions[0] | told
 
     def time_ids(self, x_t: Tensor) -> Tensor:
         """Original size, crop's corner and target size in pixels, each height first, (B, 6): x_t's, uncropped."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,16 +18,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from loratune.diffusion.process import Prediction, alpha_bars, rescale_zero_terminal_snr
 from loratune.errors import UserError
 from loratune.families.base import Condition, Family
+from loratune.families.prompts import Prompts, Windows, filled, join, weigh, windows
 
 TOKENIZER = Path(__file__).parent.parent / "assets" / "clip-tokenizer"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-def token_ids(captions: Sequence[str], tokenizer: Any, encoder: Any) -> Tensor:
-    """Token ids, padded to a text encoder's window, (B, 77)."""
-    window = encoder.config.max_position_embeddings
-    made = tokenizer(list(captions), padding="max_length", max_length=window, truncation=True, return_tensors="pt")
-    return cast(Tensor, made.input_ids)
+log = logging.getLogger(__name__)
 
 
 class StableDiffusion(Family):
@@ -63,6 +64,8 @@ class StableDiffusion(Family):
         if kind not in PREDICTIONS:
             raise UserError(f"{source}: prediction type '{kind}' of its scheduler is not one of {list(PREDICTIONS)}")
         self.prediction = PREDICTIONS[kind]
+        self.prompts = Prompts()
+        self._told_cut: set[str] = set()
         betas = DDIMScheduler.from_config({**scheduler_config, "rescale_betas_zero_snr": False}).betas.double()
         if scheduler_config.get("rescale_betas_zero_snr"):
             betas = rescale_zero_terminal_snr(betas)
@@ -95,13 +98,60 @@ class StableDiffusion(Family):
             raise UserError(f"size {size}: the VAE needs a multiple of {factor}")
         return (self.vae.config["latent_channels"], size // factor, size // factor)
 
+    def text_parts(self) -> dict[str, tuple[Any, Any]]:
+        """Each text encoder's tokenizer and itself, by the encoder's name in `components`."""
+        return {"text_encoder": (self.tokenizer, self.text_encoder)}
+
+    def windows(self, captions: Sequence[str], part: str = "text_encoder") -> Windows:
+        """Captions as the windows of a text encoder; what does not fit is named in a warning, once."""
+        tokenizer, encoder = self.text_parts()[part]
+        made = windows(captions, tokenizer, encoder.config.max_position_embeddings, self.prompts)
+        for caption, lost in made.cut.items():
+            if caption not in self._told_cut:
+                self._told_cut.add(caption)
+                log.warning(
+                    "prompt %r: cut before %r; shorten it, or set prompts.chunks above %d",
+                    caption,
+                    lost,
+                    self.prompts.chunks,
+                )
+        return made
+
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """Token ids, padded to the encoder's window, (B, 77)."""
-        return token_ids(captions, self.tokenizer, self.text_encoder)
+        """Token ids, padded to the encoder's window, (B, 77); of every window that the captions fill."""
+        return self.windows(captions).ids
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
-        ids = self.tokens(captions).to(self.device)
-        return {"text": self.text_encoder(ids).last_hidden_state.float()}
+        """What the network is told for each caption: `text` (B, 77 N, d) for N windows.
+
+        With several windows `text_mask` (B, 77 N) is true where a caption fills one.
+        """
+        made = self.windows(captions)
+        states = self.text_encoder(made.ids.to(self.device)).last_hidden_state.float()
+        return self.joined(states, made)
+
+    def joined(self, states: Tensor, made: Windows) -> Condition:
+        """The states of windows (M, 77, d), weighed and side by side as the network is told them."""
+        if self.prompts.weights:
+            states = weigh(states, made.weights)
+        chunks = self.prompts.chunks
+        told = {"text": join(states, made.counts, chunks)}
+        if chunks > 1:
+            width = states.shape[1]
+            told["text_mask"] = filled(made.counts, chunks).repeat_interleave(width, 1).to(states.device)
+        return told
+
+    def text_settings(self) -> str:
+        parts = [
+            {
+                "encoder": encoder.config.to_diff_dict(),
+                "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+                "pad": tokenizer.pad_token_id,
+            }
+            for tokenizer, encoder in self.text_parts().values()
+        ]
+        said = {"family": type(self).__name__, "prompts": asdict(self.prompts), "parts": parts}
+        return json.dumps(said, sort_keys=True, default=str)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output = self.network(x_t.to(self.network.dtype), t, **self.told(x_t, condition)).sample
@@ -109,7 +159,10 @@ class StableDiffusion(Family):
 
     def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         """What the network's call takes beside x_t and t."""
-        return {"encoder_hidden_states": condition["text"].to(self.network.dtype)}
+        told = {"encoder_hidden_states": condition["text"].to(self.network.dtype)}
+        if "text_mask" in condition:
+            told["encoder_attention_mask"] = condition["text_mask"]
+        return told
 
     def decode(self, x_0: Tensor) -> Tensor:
         shift = self.vae.config.get("shift_factor") or 0.0

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 
 from loratune import __version__
+from loratune.adapters.tokens import Embedding, write_embedding
 from loratune.errors import UserError
 from loratune.families.files import base_hash, configs_of, lora_metadata, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
@@ -40,13 +41,14 @@ PREDICTIONS = {"eps": "epsilon"}
 class Export(L.Callback):
     """At the end of a run, write what was trained into the run's folder.
 
-    A LoRA becomes lora.safetensors, with the recipe and the base's hash inside; a VAE becomes the folder
+    A LoRA becomes lora.safetensors, with the recipe and the base's hash inside, and a new token
+    learned_embeds.safetensors beside it; a VAE becomes the folder
     vae/, a text encoder text_encoder/, other weights of a base the folder base/, both in diffusers' layout.
 
     Args:
         format: keys of the LoRA file: peft (diffusers' own), or kohya (ComfyUI, A1111, sd-scripts).
         dtype: of the written tensors.
-        every_n_steps: also write lora-STEP.safetensors this often; 0 does not.
+        every_n_steps: also write lora-STEP.safetensors (and the token's file) this often; 0 does not.
     """
 
     def __init__(
@@ -90,12 +92,20 @@ class Export(L.Callback):
             return
         path = Path(trainer.default_root_dir) / name
         with averaged(trainer, module):
-            layers = module.layers()
-        write_lora(path, LoRAFile(layers, self._metadata(trainer, module, layers)), self.format, self.dtype)
-        verify(path, layers, self.format, self.dtype)
+            layers, rows = module.layers(), module.rows()
+        if layers:
+            write_lora(path, LoRAFile(layers, self._metadata(trainer, module, layers)), self.format, self.dtype)
+            verify(path, layers, self.format, self.dtype)
+        if module.tokens is not None:
+            path = path.with_name(name.replace("lora", "learned_embeds", 1))
+            write_embedding(path, Embedding(module.tokens.token, rows), self.dtype, self._origin(trainer, module))
 
     def _metadata(self, trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:
-        made = {
+        return _standard(trainer, module, layers) | self._origin(trainer, module)
+
+    def _origin(self, trainer: L.Trainer, module: LoRAModule) -> dict[str, str]:
+        """Where a file comes from: the base, the recipe and how long it was trained."""
+        return {
             "loratune.version": __version__,
             "loratune.base": module.base_name,
             "loratune.base_hash": base_hash(module.base_name),
@@ -103,7 +113,6 @@ class Export(L.Callback):
             "loratune.targets": module.lora.targets,
             RECIPE_KEY: self.recipe,
         }
-        return _standard(trainer, module, layers) | made
 
 
 def _standard(trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:

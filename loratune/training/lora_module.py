@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import CLIPTokenizer
 
 from loratune.adapters.lora import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
+from loratune.adapters.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
+from loratune.errors import UserError
 from loratune.families.base import Family
 from loratune.families.pipelines import layer_names
-from loratune.families.stable_diffusion import StableDiffusion
+from loratune.families.prompts import Prompts
+from loratune.families.stable_diffusion import TOKENIZER, StableDiffusion
 from loratune.families.writing import configs_of
 from loratune.formats.lora import read_lora
 from loratune.formats.lora_layers import LowRank
@@ -28,6 +33,8 @@ class LoRAModule(DiffusionModule):
         objective: what the loss is.
         optimizer: any torch optimizer.
         schedule: how the learning rate moves over the run.
+        tokens: a new word that is learned too (textual inversion, Gal 2022); with lora.targets none it alone is.
+        prompts: how captions become what the text encoders read.
     """
 
     def __init__(
@@ -37,11 +44,20 @@ class LoRAModule(DiffusionModule):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        tokens: NewToken | None = None,
+        prompts: Prompts = Prompts(),  # noqa: B008 (frozen)
     ) -> None:
+        if tokens is not None:
+            check_new(tokens, CLIPTokenizer.from_pretrained(TOKENIZER))  # before any weight is read
+        elif lora.targets == "none" and not lora.text_encoder:
+            raise ValueError("lora.targets is none and nothing else is trained; set model.tokens, or other targets")
         super().__init__(base, (), objective, optimizer, schedule)
-        self.lora = lora
+        self.lora, self.tokens = lora, tokens
+        if prompts != Prompts():
+            self._text_family("prompts").prompts = prompts
         components = self.family.components()
-        inject(self.family.network, lora, lora.pattern)
+        if lora.targets != "none":
+            inject(self.family.network, lora, lora.pattern)
         encoders = [module for name, module in components.items() if name.startswith("text_encoder")]
         if lora.text_encoder and not encoders:
             raise ValueError("lora.text_encoder: this base has no text encoder")
@@ -49,10 +65,34 @@ class LoRAModule(DiffusionModule):
             inject(encoder, lora, TEXT_TARGETS)
         for name, parameter in self.family.named_parameters():
             parameter.requires_grad_(is_adapter(name))
+        self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
         if lora.start_from:
             names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
             put(components, read_lora(lora.start_from, names).layers, lora.start_from)
         self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
+
+    def _text_family(self, key: str) -> StableDiffusion:
+        if not isinstance(self.family, StableDiffusion):
+            raise ValueError(f"{key}: this base has no text encoder")
+        return self.family
+
+    def _learn(self, tokens: NewToken) -> list[torch.nn.Parameter]:
+        parts = self._text_family("tokens").text_parts()
+        for tokenizer, _ in parts.values():
+            check_new(tokens, tokenizer)
+        return add_tokens(parts, tokens.names, initial_rows(tokens, parts))
+
+    def rows(self) -> dict[str, Tensor]:
+        """The new token's rows as they stand, (v, d) for each text encoder; none where no token is learned."""
+        return rows_of(self._text_family("tokens").text_parts()) if self.tokens else {}
+
+    def on_fit_start(self) -> None:
+        """Refuse data in which the new token never occurs: it would be trained on nothing."""
+        entries = getattr(getattr(getattr(self.trainer, "datamodule", None), "training", None), "entries", None)
+        captions = [str(getattr(entry, "captions", "") or entry.caption) for entry in entries or ()]
+        if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
+            told = f"{self.tokens.token!r} is in none of {len(captions)} captions"
+            raise UserError(f"tokens.token: {told}; write it there, or set data.prefix")
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
@@ -60,4 +100,7 @@ class LoRAModule(DiffusionModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.family.components(), self.lora)
+        if self.tokens is not None:
+            own = {} if self.tokens.lr is None else {"lr": self.tokens.lr}
+            groups.append({"params": self._rows, "factor": 1.0, **own})
         return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tracemalloc
@@ -45,7 +46,9 @@ NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 16, 32, 2**31, 2**32, 2**62, 2*
 ODD: st.SearchStrategy[Any] = st.one_of(
     NUMBERS,
     st.none(),
-    st.sampled_from(["", "F99", "F32", "F16", "\ud800", "\x00", "lora", [], {}, [[]], [1, 2], [[[[]]]], {"shape": []}]),
+    st.sampled_from(
+        ["", "F99", "F32", "F16", "\ud800", "\x00", "lora", [], {}, [[]], [1, 2], [[[[]]]], {"shape": []}]
+    ).map(copy.deepcopy),  # they are written into
     st.lists(NUMBERS, max_size=6),
     st.sampled_from(sorted(ITEM_SIZES)),
     st.text(max_size=5),
