@@ -328,15 +328,22 @@ def _nearest(word: str) -> str:
 def _run_verb(verb: Callable[..., None], name: str, words: list[str]) -> int:
     from jsonargparse import ArgumentParser
 
+    from loratune.cli_help import VerbHelp, usage_of
+
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
             raise UserError(f"{name}: {' '.join(message.split())}")
 
-    parser = Parser(prog=f"loratune {name}", description=(verb.__doc__ or "").split("Args:")[0])
     positional = POSITIONAL.get(name)
+    parser = Parser(
+        prog=f"loratune {name}",
+        usage=usage_of(name, verb, positional),
+        description=(verb.__doc__ or "").split("Args:")[0],
+        formatter_class=VerbHelp,
+    )
     if positional:
         parser.add_argument(positional, type=Path, help=_help_of(verb, positional))
-    parser.add_function_arguments(verb, skip={positional} if positional else None)
+    parser.add_function_arguments(verb, as_group=False, skip={positional} if positional else None)
     values = parser.instantiate_classes(parser.parse_args(_words(verb, words)))
     verb(**values.as_dict())
     return 0
