@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ def _hash(file: Path, size: int, changed: int) -> str:
     return sha256_file(file)
 
 
-def load_family(name: str, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    """A base by name, with its weights in `dtype`, to train or draw with.
+def load_family(name: str, dtype: torch.dtype = torch.float32, exact: Collection[str] = ()) -> StableDiffusion:
+    """A base by name, with its weights in `dtype` but the `exact` components in float32, to train or draw with.
 
     Raises:
         UserError: no such base, not safetensors, damaged, or of a family that is not supported.
@@ -97,7 +97,7 @@ def load_family(name: str, dtype: torch.dtype = torch.float32) -> StableDiffusio
         what = "an inpainting model (its U-Net takes 9 channels), which can be merged and inspected"
         raise UserError(f"{name}: {what}, but not trained or drawn with here; give a base that is none")
     configs, weights = read_folder(path) if path.is_dir() else read_single_file(path)
-    return build(configs, weights, tokenizers_of(path, pipeline_of(configs)), dtype, source=name)
+    return build(configs, weights, tokenizers_of(path, pipeline_of(configs)), dtype, name, exact)
 
 
 def tokenizers_of(path: Path, pipeline: Pipeline) -> dict[str, CLIPTokenizer]:
@@ -153,6 +153,7 @@ def build(
     tokenizers: Mapping[str, CLIPTokenizer],
     dtype: torch.dtype = torch.float32,
     source: str = "",
+    exact: Collection[str] = (),
 ) -> StableDiffusion:
     """A base from configurations and weights; every weight must fit and none may be missing.
 
@@ -164,7 +165,7 @@ def build(
     for name, kind in pipeline.parts.items():
         with init_empty_weights(include_buffers=False):  # no memory, and no random numbers, for what is replaced
             module = _new(name, kind, configs[name])
-        own = torch.float32 if name in pipeline.float32 else dtype
+        own = torch.float32 if name in (*pipeline.float32, *exact) else dtype
         found = {key: value.to(own, copy=True) for key, value in weights[name].items()}
         if is_text(name):
             found = module_text_keys(found, module.state_dict().keys())

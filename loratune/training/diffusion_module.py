@@ -15,6 +15,7 @@ from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.base import Condition, Family, repeat_condition
 from loratune.families.files import load_family
+from loratune.training.memory import Memory, release
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import generator, training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
@@ -32,6 +33,7 @@ class DiffusionModule(L.LightningModule):
         objective: what the loss is.
         optimizer: any torch optimizer.
         schedule: how the learning rate moves over the run.
+        memory: how the base is held, and what is traded between memory and time.
     """
 
     def __init__(
@@ -41,10 +43,14 @@ class DiffusionModule(L.LightningModule):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
+        if trainable:
+            memory.check_full()
         self.base_name = base if isinstance(base, str) else type(base).__name__
-        self.family = load_family(base) if isinstance(base, str) else base
+        self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
+        self.memory = memory
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
         objective.check(self.family)
         self.family.requires_grad_(False)
@@ -53,6 +59,9 @@ class DiffusionModule(L.LightningModule):
             if name not in components:
                 raise ValueError(f"trainable: '{name}' is not a component of the base; it has {list(components)}")
             components[name].requires_grad_(True)
+        if trainable:
+            memory.hold(self.family, ())
+            memory.arrange(self.family, tuple(name for name in trainable if name.startswith("text_encoder")))
         # Checkpoints hold what is trained; the rest comes from the base again.
         self.strict_loading = False
         self._nothing: Condition | None = None
@@ -124,6 +133,15 @@ class DiffusionModule(L.LightningModule):
             objective.c(t, a, b, len(self.family.alpha_bars)),
             mask_of(batch, x_0),
         )
+
+    def on_train_start(self) -> None:
+        """Drop what is not needed any more, where the recipe says so."""
+        if not self.memory.release:
+            return
+        if self.objective.caption_dropout:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                self._nothing = self.family.encode_text([""])
+        release(self.family)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self._generator("train", batch_idx)

@@ -20,6 +20,7 @@ from loratune.families.writing import configs_of
 from loratune.formats.lora import read_lora
 from loratune.formats.lora_layers import LowRank
 from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.memory import Memory
 from loratune.training.objectives import Objective
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
@@ -35,6 +36,7 @@ class LoRAModule(DiffusionModule):
         schedule: how the learning rate moves over the run.
         tokens: a new word that is learned too (textual inversion, Gal 2022); with lora.targets none it alone is.
         prompts: how captions become what the text encoders read.
+        memory: how the frozen base is held, and what is traded between memory and time.
     """
 
     def __init__(
@@ -46,16 +48,20 @@ class LoRAModule(DiffusionModule):
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
         tokens: NewToken | None = None,
         prompts: Prompts = Prompts(),  # noqa: B008 (frozen)
+        memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
+        memory.check_adapter(lora.kind, lora.init, lora.text_encoder or tokens is not None)
         if tokens is not None:
             check_new(tokens, CLIPTokenizer.from_pretrained(TOKENIZER))  # before any weight is read
         elif lora.targets == "none" and not lora.text_encoder:
             raise ValueError("lora.targets is none and nothing else is trained; set model.tokens, or other targets")
-        super().__init__(base, (), objective, optimizer, schedule)
+        super().__init__(base, (), objective, optimizer, schedule, memory)
         self.lora, self.tokens = lora, tokens
         if prompts != Prompts():
             self._text_family("prompts").prompts = prompts
         components = self.family.components()
+        encoded = tuple(name for name in components if name.startswith("text_encoder"))
+        memory.hold(self.family, ("unet", *(encoded if lora.text_encoder else ())))
         if lora.targets != "none":
             inject(self.family.network, lora, lora.pattern)
         encoders = [module for name, module in components.items() if name.startswith("text_encoder")]
@@ -65,10 +71,13 @@ class LoRAModule(DiffusionModule):
             inject(encoder, lora, TEXT_TARGETS)
         for name, parameter in self.family.named_parameters():
             parameter.requires_grad_(is_adapter(name))
+            if is_adapter(name):
+                parameter.data = parameter.data.float()  # peft takes the base's dtype, which small steps may vanish in
         self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
         if lora.start_from:
             names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
             put(components, read_lora(lora.start_from, names).layers, lora.start_from)
+        memory.arrange(self.family, encoded if lora.text_encoder or tokens is not None else ())
         self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
 
     def _text_family(self, key: str) -> StableDiffusion:
