@@ -358,7 +358,7 @@ def _help_of(verb: Callable[..., None], name: str) -> str:
 def _words(verb: Callable[..., None], words: Sequence[str]) -> list[str]:
     """The words as jsonargparse takes them: `--in-place` is `--in_place=true`, and `--lora` adds to a list."""
     given = []
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
         kind = str(verb.__annotations__.get(key)) if flag.startswith("--") else "None"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -160,3 +161,15 @@ def test_help_shows_options_as_they_are_typed(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     assert "(default: 0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_alone_runs_or_says_what_it_lacks(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    alone = functools.wraps(VERBS[verb])(lambda **given: ran.append(given))
+    monkeypatch.setitem(VERBS, verb, alone)
+    code = main([verb])
+    assert (code == 0 and ran) or (code == 2 and "required" in capsys.readouterr().err)
+    assert (verb == "quickstart") == (code == 0)
