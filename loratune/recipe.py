@@ -25,6 +25,7 @@ from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
 from loratune.training.export import Export
 from loratune.training.lora_module import LoRAModule
+from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
 from loratune.training.samples import SampleGrid
 
@@ -125,6 +126,8 @@ class RecipeCLI(LightningCLI):
             config.weights_only = True  # a checkpoint is data; nothing in it is run
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+        memory = config.get("model.memory") or config.get("model.init_args.memory")
+        check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""

@@ -1,0 +1,175 @@
+"""How the frozen base is held, and what is traded between memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from loratune.errors import UserError
+from loratune.families.base import Family
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FROM_BASE = ("pissa", "olora")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the frozen base is held, and what is traded between memory and time.
+
+    Args:
+        quantise: hold the frozen linear layers of what is adapted in nf4 (4 bits, Dettmers 2023, QLoRA) or int8
+            (Dettmers 2022), by bitsandbytes.
+        dtype: of the frozen U-Net and text encoders; the VAE and what is trained stay in float32.
+        checkpointing: compute activations again in the backward pass instead of keeping them (Chen 2016).
+        channels_last: hold convolutions with the channels last, which is faster on most devices.
+        compile: compile the network with torch.compile; the first step of each shape takes minutes.
+        release: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
+    """
+
+    quantise: Literal["nf4", "int8"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    checkpointing: bool = False
+    channels_last: bool = True
+    compile: bool = False
+    release: bool = False
+
+    def check_adapter(self, kind: str, init: str, text_is_trained: bool) -> None:
+        """Raise ValueError where an adapter cannot be trained so.
+
+        Args:
+            kind: of adapter.
+            init: where the adapter starts.
+            text_is_trained: whether captions are encoded anew in each step.
+        """
+        if init in FROM_BASE and (self.quantise or self.dtype != "float32"):
+            key = "quantise" if self.quantise else "dtype"
+            told = f"lora.init {init} changes W_0 itself, which has to be held in float32"
+            raise ValueError(f"memory.{key} is {getattr(self, key)}, but {told}; set lora.init: kaiming")
+        if self.quantise and kind in ("loha", "lokr"):
+            raise ValueError(f"memory.quantise is {self.quantise}: not with lora.kind {kind}; set kind to lora or dora")
+        if self.release and text_is_trained:
+            told = "the text encoder is needed in every step, as it is trained"
+            raise ValueError(f"memory.release is true, but {told}; set memory.release: false")
+
+    def check_full(self) -> None:
+        """Raise ValueError where the base's own weights cannot be trained so."""
+        if self.quantise or self.dtype != "float32":
+            key = "quantise" if self.quantise else "dtype"
+            told = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
+            raise ValueError(f"memory.{key} is {getattr(self, key)}: it {told}")
+        if self.release:
+            raise ValueError("memory.release is true, but all of the base is written at the end; leave it out")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype`, as torch has it."""
+        return DTYPES[self.dtype]
+
+    def hold(self, family: Family, adapted: tuple[str, ...]) -> None:
+        """Cast and quantise a frozen base, before adapters are put into it.
+
+        Args:
+            family: the base, changed in place.
+            adapted: components that get adapters.
+        """
+        for name, part in family.components().items():
+            if name != "vae" and self.dtype != "float32":
+                part.to(self.torch_dtype)
+            if name in adapted and self.quantise:
+                quantise(part, self.quantise)
+        if not self.channels_last:
+            family.network.to(memory_format=torch.contiguous_format)
+
+    def arrange(self, family: Family, trained_text: tuple[str, ...] = ()) -> None:
+        """Set what concerns the passes through the network, when its layers are what they will be.
+
+        Args:
+            family: the base with its adapters.
+            trained_text: text encoders that are trained too.
+        """
+        if self.checkpointing:
+            family.network.enable_gradient_checkpointing()
+            for name in trained_text:
+                part: Any = family.components()[name]
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compile:
+            family.network.compile()
+
+
+def quantise(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:
+    """Hold a module's linear layers in 4 or 8 bits; returns how many.
+
+    Args:
+        module: changed in place, and marked as peft looks for it before it puts adapters beside such layers.
+        kind: of quantisation.
+    """
+    found = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
+    for name, part in found:
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, _nf4(part) if kind == "nf4" else _int8(part))
+    module.is_loaded_in_4bit, module.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+    return len(found)
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    with torch.device("meta"):
+        made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    made.weight = Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    )
+    made.bias = layer.bias
+    # On some CPUs an evaluation would repack the weights into a form through which no gradient passes.
+    made.support_avx512bf16_for_cpu = False
+    return made.to(layer.weight.device)  # quantises
+
+
+def _int8(layer: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    with torch.device("meta"):
+        made = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
+    made.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = layer.bias
+    return made.to(layer.weight.device)  # quantises
+
+
+def check_samples(released: bool, every_n_steps: int) -> None:
+    """Raise ValueError where a run is to draw samples with what is released."""
+    if released and every_n_steps:
+        told = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
+        raise ValueError(f"memory.release is true, but {told}; set samples.every_n_steps: 0")
+
+
+class Released(nn.Module):
+    """In the place of a component whose weights were dropped: its configuration remains.
+
+    Args:
+        part: the component.
+        name: of it.
+    """
+
+    def __init__(self, part: Any, name: str) -> None:
+        super().__init__()
+        self.config, self.dtype, self.name = part.config, part.dtype, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise UserError: it is gone."""
+        told = f"the {self.name} was released when training began, and is needed again"
+        raise UserError(f"memory.release is true: {told}; set memory.release: false")
+
+    encode = decode = forward
+
+
+def release(family: Family) -> None:
+    """Drop a base's VAE and text encoders; only the network is left.
+
+    The parts are attributes of the family under their names in `components`.
+    """
+    for name, part in family.components().items():
+        if name != "unet":
+            setattr(family, name, Released(part, name))

@@ -1,0 +1,254 @@
+"""How the frozen base is held: each key of model.memory does what it says, and the LoRA is like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from loratune.adapters.lora import LoRA
+from loratune.cli import main
+from loratune.errors import UserError
+from loratune.families.files import load_family
+from loratune.recipe import run as run_recipe
+from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.lora_module import LoRAModule
+from loratune.training.memory import Memory, Released, quantise, release
+
+BUILTIN = "builtin:emoji-64"
+
+
+def bytes_of(module: nn.Module) -> int:
+    """What a module's parameters take."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def output_of(module: LoRAModule) -> Tensor:
+    """What the network answers at fixed x_t and t."""
+    random = torch.Generator().manual_seed(0)
+    told = module.family.encode_text(["a red disc", "a blue disc"])
+    return module.family.denoise(torch.randn(2, 4, 8, 8, generator=random), torch.tensor([10, 900]), told)
+
+
+def gradients(module: LoRAModule) -> dict[str, Tensor]:
+    """Gradients of the adapter, with B set to something so that A's are not 0."""
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    output_of(module).square().mean().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("kind", "layer", "share"), [("nf4", Linear4bit, 0.16), ("int8", Linear8bitLt, 0.27)])
+def test_quantised_layers_take_less_and_answer_alike(kind: Any, layer: type, share: float) -> None:
+    plain = LoRAModule(BUILTIN, LoRA(rank=4))
+    held = LoRAModule(BUILTIN, LoRA(rank=4), memory=Memory(quantise=kind))
+    linear = [name for name, part in load_family(BUILTIN).network.named_modules() if type(part) is nn.Linear]
+    weights = dict(held.family.network.named_modules())
+    for name in linear:
+        found: Any = weights.get(f"{name}.base_layer", weights[name])
+        assert isinstance(found, layer), name
+    before, after = (sum(bytes_of(w.get_submodule(n)) for n in linear) for w in (plain.family.network, weights[""]))
+    adapter = sum(p.numel() * 4 for p in plain.parameters() if p.requires_grad)
+    assert after - adapter < share * (before - adapter)
+    with torch.no_grad():
+        near, exact = output_of(held), output_of(plain)
+    assert 0 < (near - exact).norm() / exact.norm() < (0.2 if kind == "nf4" else 0.03)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=4, kind="dora", targets="attention")])
+def test_adapters_beside_quantised_layers_are_trained_in_float32(kind: Any, lora: LoRA, tiny_base: Path) -> None:
+    module = LoRAModule(str(tiny_base), lora, memory=Memory(quantise=kind, dtype="bfloat16"))
+    trained = module.trained_parameters()
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    found = gradients(module)
+    assert len(found) == len(trained)
+    assert all(value.abs().max() > 0 for value in found.values())
+
+
+def test_quantised_weights_still_pass_gradients_after_an_evaluation(tiny_base: Path) -> None:
+    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantise="nf4"))
+    module.eval()
+    with torch.no_grad():
+        output_of(module)
+    module.train()
+    assert all(value.abs().max() > 0 for value in gradients(module).values())
+
+
+def test_quantise_of_a_text_encoder_that_is_adapted(tiny_base: Path) -> None:
+    alone = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantise="nf4"))
+    both = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(quantise="nf4"))
+    for module, there in ((alone, False), (both, True)):
+        parts = module.family.components()
+        assert any(isinstance(part, Linear4bit) for part in parts["text_encoder"].modules()) == there
+        assert not any(isinstance(part, Linear4bit) for part in parts["vae"].modules())
+
+
+def test_dtype_is_of_the_frozen_network_and_text_encoder(tiny_base: Path) -> None:
+    for base in (str(tiny_base), load_family(str(tiny_base))):
+        module = LoRAModule(base, LoRA(rank=4), memory=Memory(dtype="bfloat16"))
+        for name, parameter in module.family.named_parameters():
+            exact = name.startswith("vae.") or parameter.requires_grad
+            assert parameter.dtype == (torch.float32 if exact else torch.bfloat16), name
+        assert output_of(module).dtype == torch.float32
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps between the passes of what `run` returns."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(held.values())
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"))
+    torch.manual_seed(0)
+    again = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"), memory=Memory(checkpointing=True))
+    calls: list[int] = []
+    original = checkpoint.checkpoint
+    monkeypatch.setattr(checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    whole = saved_bytes(lambda: output_of(plain))
+    assert not calls
+    assert saved_bytes(lambda: output_of(again)) < 0.5 * whole
+    assert len(calls) > 5
+    first, second = gradients(plain), gradients(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpointing_of_a_trained_text_encoder(tiny_base: Path) -> None:
+    module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(checkpointing=True))
+    assert module.family.components()["text_encoder"].is_gradient_checkpointing
+    assert any("text_encoder" in name and value.abs().max() > 0 for name, value in gradients(module).items())
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_channels_last(tiny_base: Path, last: bool) -> None:
+    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(channels_last=last))
+    weight = module.family.network.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_compile_runs_the_network_through_torch_compile(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: (compiled.append(a), original(*a, **k, backend="eager"))[1])
+    plain = LoRAModule(str(tiny_base), LoRA(rank=4))
+    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(compile=True))
+    assert len(compiled) == 1
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    calls: list[int] = []
+    monkeypatch.setattr(module.family.network, "_compiled_call_impl", lambda *a, **k: calls.append(1))
+    with pytest.raises(AttributeError):
+        output_of(module)
+    assert calls
+
+
+def small(recipe: Path, *more: str) -> list[str]:
+    return ["fit", "-c", str(recipe), "--trainer.max_steps", "2", *more]
+
+
+def test_release_drops_all_but_the_network(recipe: Path, tmp_path: Path) -> None:
+    words = ("--model.memory.release", "true", "--model.objective.caption_dropout", "0.5")
+    cli = run_recipe(small(recipe, *words))
+    parts = cli.model.family.components()
+    assert isinstance(parts["vae"], Released)
+    assert isinstance(parts["text_encoder"], Released)
+    assert {name.split(".")[0] for name, _ in cli.model.family.named_parameters()} == {"network"}
+    kept = run_recipe(small(recipe, "--trainer.default_root_dir", str(tmp_path / "kept")))
+    assert not any(isinstance(part, Released) for part in kept.model.family.components().values())
+    with pytest.raises(UserError, match="the text_encoder was released when training began"):
+        cli.model.family.encode_text(["a red disc"])
+
+
+def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
+    words = small(recipe, "--model.objective.caption_dropout", "0.5", "--export.dtype", "float32")
+    written = []
+    for name, more in (("kept", []), ("dropped", ["--model.memory.release", "true"])):
+        assert main([*words, "--trainer.default_root_dir", str(tmp_path / name), *more]) == 0
+        written.append(load_file(tmp_path / name / "lora.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
+
+
+def test_released_parts_say_so(tiny_base: Path) -> None:
+    family = load_family(str(tiny_base))
+    shape = family.start_shape(16)
+    release(family)
+    assert family.start_shape(16) == shape
+    with pytest.raises(UserError, match=r"memory.release is true: the vae was released"):
+        family.decode(torch.zeros(1, *shape))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_file_of_a_qlora_run_is_like_any_other(recipe: Path, tmp_path: Path, tiny_base: Path, kind: str) -> None:
+    names = {}
+    for name, more in (("plain", []), (kind, ["--model.memory.quantise", kind])):
+        words = small(recipe, "--model.lora.targets", "all", "--trainer.default_root_dir", str(tmp_path / name), *more)
+        assert main(words) == 0
+        held = load_file(tmp_path / name / "lora.safetensors")
+        names[name] = {key: (value.shape, value.dtype) for key, value in held.items()}
+        assert any(value.abs().max() > 0 for key, value in held.items() if "lora_B" in key)
+    assert names["plain"] == names[kind]
+    words = ["--base", str(tiny_base), "--lora", str(tmp_path / kind / "lora.safetensors")]
+    assert main(["merge", *words, "--out", str(tmp_path / "merged.safetensors")]) == 0
+
+
+def test_quantise_counts_what_it_changed() -> None:
+    network = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 32, bias=False), nn.Conv2d(1, 1, 1)))
+    assert quantise(network, "nf4") == 2
+    assert quantise(network, "nf4") == 0
+    assert isinstance(network.get_submodule("1.1"), nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["memory.quantise", "nf4", "lora.init", "pissa"], "memory.quantise is nf4, but lora.init pissa changes W_0"),
+        (["memory.dtype", "bfloat16", "lora.init", "olora"], "memory.dtype is bfloat16, but lora.init olora"),
+        (["memory.quantise", "int8", "lora.kind", "loha"], "memory.quantise is int8: not with lora.kind loha"),
+        (["memory.release", "true", "lora.text_encoder", "true"], "memory.release is true, but the text encoder is"),
+        (["memory.quantise", "nf3"], "'model.memory.quantise'"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(
+    recipe: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--model.{word}" if number % 2 == 0 else word for number, word in enumerate(words)]
+    assert main(["fit", "-c", str(recipe), *given, "--model.base", "nowhere"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_release_and_samples_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.memory.release", "true", "--samples.every_n_steps", "5", "--model.base", "nowhere"]
+    assert main(["fit", "-c", str(recipe), *words]) == 2
+    assert "memory.release is true, but samples.every_n_steps is 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", [Memory(quantise="nf4"), Memory(dtype="bfloat16"), Memory(release=True)])
+def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: Memory) -> None:
+    with pytest.raises(ValueError, match=r"^memory\.(quantise|dtype|release) is "):
+        DiffusionModule("nowhere", memory=memory)
+
+
+def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
+    module = DiffusionModule(str(tiny_base), memory=Memory(checkpointing=True))
+    assert module.family.network.is_gradient_checkpointing
