@@ -245,6 +245,29 @@ def measure(
     run(base, what, data, lora, style, samples, size, steps, guidance, seed, out)
 
 
+def plan(
+    recipe: Path,
+    device: str | None = None,
+    run: bool = False,
+    steps_per_second: float | None = None,
+    json: bool = False,
+) -> None:
+    """Say what a recipe will need before it starts: parameters, memory by part, steps, pictures, time.
+
+    Nothing is trained and no weight is read; shapes alone are followed through one step.
+
+    Args:
+        recipe: what is to be trained.
+        device: cpu, gpu, or a GPU's memory such as 24GB (10^9) or 23.5GiB (2^30), into which the run should fit.
+        run: also encode the pictures, and take true steps in each bucket here.
+        steps_per_second: of this recipe, where you know it; for the expected time.
+        json: print JSON.
+    """
+    from loratune.plan import plan as make
+
+    make(recipe, device, run, steps_per_second, json)
+
+
 def quickstart(
     recipe: Path = Path("recipes/quickstart.yaml"), out: Path = Path("runs/quickstart"), weight: float = 0.75
 ) -> None:
@@ -269,10 +292,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "resize": resize,
     "extract": extract,
     "measure": measure,
+    "plan": plan,
     "quickstart": quickstart,
 }
 REPEATABLE = ("--lora", "--prompt", "--embedding")
-POSITIONAL = {"inspect": "file", "convert": "file", "resize": "file"}
+POSITIONAL = {"inspect": "file", "convert": "file", "resize": "file", "plan": "recipe"}
 
 
 def _read(path: Path) -> str:

@@ -1,16 +1,20 @@
-"""`loratune merge`: LoRAs added to a checkpoint, or taken out again. torch is loaded while the copy is under way."""
+"""`loratune merge`: LoRAs added to a checkpoint, or taken out again.
+
+numpy is loaded while the copy is under way; torch is not at all, unless a LoRA is of a kind that needs it.
+"""
 
 from __future__ import annotations
 
 import json as jsons
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loratune.adapters.slots import Slot, component_slots, file_slots
 from loratune.adapters.weighting import Given, block_of, check_blocks, mentioned, parse
@@ -22,10 +26,17 @@ from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
 
 if TYPE_CHECKING:
-    from loratune.adapters.merge import Matches, Weighted
-    from loratune.adapters.merge_files import Tally
+    from torch import Tensor
 
+    from loratune.adapters.matching import Matches, Weighted
+    from loratune.adapters.merge_files import Tally
+    from loratune.formats.lora import LoRAFile
+    from loratune.formats.lora_layers import LowRank
+    from loratune.formats.lora_plain import PlainFile, PlainLayer
+
+AnyLayer: TypeAlias = "PlainLayer | LowRank"
 MERGES_KEY = "loratune.merged"
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 TEXTS = (".json", ".txt")
 SMALL = 1 << 20  # bytes; what is less is copied at once
 
@@ -204,7 +215,8 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
             writer.copy(output, without([(0, output.length)], withheld.get(file, [])))
         bar.show(sum(output.length for output in outputs.values()), stack)
 
-        from loratune.adapters.merge_files import apply, patches  # only now, as this loads torch
+        _load_numpy()  # only now, as it takes a while
+        from loratune.adapters.merge_files import apply, patches
 
         loras, found = _matched(asked, {name: slot.shape for name, slot in asked.slots.items()})
         actual = {""} if asked.path.is_file() else {name.split(".")[0] for name in found.terms}
@@ -265,13 +277,27 @@ def _check_room(asked: Request, outputs: Mapping[Path, Output], withheld: Mappin
     check_space(asked.out.resolve().parent, needed, asked.out)
 
 
-def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted], Matches]:
+def _load_numpy() -> None:
+    """Load numpy with one thread for each product: the layers are what runs in parallel."""
+    if "numpy" in sys.modules:
+        return
+    before = os.environ.get(BLAS_THREADS)
+    os.environ[BLAS_THREADS] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[BLAS_THREADS]
+        else:
+            os.environ[BLAS_THREADS] = before
+
+
+def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted[AnyLayer]], Matches[AnyLayer]]:
     """The LoRAs, read, and their layers in the base."""
-    from loratune.adapters.merge import Weighted, terms_by_layer
-    from loratune.formats.lora import read_lora
+    from loratune.adapters.matching import Weighted, terms_by_layer
 
     names = module_names(asked.configs)
-    loras = [Weighted(one, read_lora(one.path, names)) for one in asked.given]
+    loras: list[Weighted[AnyLayer]] = [Weighted(one, _read(one.path, names)) for one in asked.given]
     for one in loras if asked.unmerge else []:
         if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
             told = "is a DoRA, whose change depends on the W_0 that is wanted back"
@@ -279,15 +305,28 @@ def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[
     return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
 
 
+def _read(path: Path, names: Sequence[str]) -> PlainFile | LoRAFile:
+    """A LoRA, by torch only where it is more than plain, or has a fault that must be told."""
+    from loratune.formats.lora_plain import read_plain
+
+    if (plain := read_plain(path, names)) is not None:
+        return plain
+    from loratune.formats.lora import read_lora
+
+    return read_lora(path, names)
+
+
 def _converted(asked: Request) -> dict[str, Any]:
     """Merge a folder into a single file, or the other way; all weights are in memory."""
+    import torch
+
     from loratune.adapters.merge_files import checked
-    from loratune.families.files import read_folder, read_single_file, write_single_file
+    from loratune.families.files import read_single_file, write_single_file
     from loratune.families.writing import write_settings
-    from loratune.formats.files import write_safetensors
+    from loratune.formats.files import dtype_name, write_safetensors
 
     path = asked.path
-    configs, weights = read_folder(path) if path.is_dir() else read_single_file(path)
+    configs, weights = (asked.configs, _read_folder(asked)) if path.is_dir() else read_single_file(path)
     flat = {
         f"{part}.{key.removesuffix('.weight')}": (part, key)
         for part in weights
@@ -300,8 +339,10 @@ def _converted(asked: Request) -> dict[str, Any]:
     for name, terms in found.terms.items():
         if some := [(weight, layer) for weight, layer in terms if weight]:
             part, key = flat[name]
-            where = f"{path}: {part} {key!r}"
-            weights[part][key], tallies[name] = checked(weights[part][key], some, where, asked.exact, asked.unmerge)
+            where, new = f"{path}: {part} {key!r}", weights[part][key].clone().contiguous()
+            raw = new.reshape(-1).view(torch.uint8).numpy()
+            tallies[name] = checked(raw, dtype_name(new.dtype), new.shape, some, where, asked.exact, asked.unmerge)
+            weights[part][key] = new
     headers = [header for some in asked.files.values() for header in some.values()]
     merges = {key: header.metadata[key] for header in headers for key in (MERGES_KEY,) if key in header.metadata}
     note = {MERGES_KEY: noted(merges, asked.note)[MERGES_KEY]}
@@ -321,8 +362,24 @@ def _converted(asked: Request) -> dict[str, Any]:
     return _report(asked, loras, found, tallies, len(tallies))
 
 
+def _read_folder(asked: Request) -> dict[str, dict[str, Tensor]]:
+    """A folder's weights by component, shards and variants too, under today's names."""
+    from loratune.formats.checkpoints import canonical_keys
+    from loratune.formats.files import read_tensors
+
+    found = {}
+    for part in PIPELINE_PARTS[asked.configs["model_index"]["_class_name"]]:
+        tensors = {key: value for file in weight_files(asked.path, part) for key, value in read_tensors(file).items()}
+        found[part] = canonical_keys(part, tensors)
+    return found
+
+
 def _report(
-    asked: Request, loras: Sequence[Weighted], found: Matches, tallies: Mapping[str, Tally], tensors: int
+    asked: Request,
+    loras: Sequence[Weighted[AnyLayer]],
+    found: Matches[AnyLayer],
+    tallies: Mapping[str, Tally],
+    tensors: int,
 ) -> dict[str, Any]:
     """What merging did, as JSON has it."""
     from loratune.adapters.merge_files import Tally
@@ -377,18 +434,15 @@ def _order(block: str) -> tuple[int, str]:
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("block")
-    for name in ("layers", "||dW||/||W||", "rounded away"):
-        table.add_column(name, justify="right")
-    for block, tally in report["blocks"].items():
-        table.add_row(block, str(tally["layers"]), f"{tally['change']:.4f}", _share(tally["unchanged"], tally))
     if report["blocks"]:
-        table.add_row("all", str(report["layers"]), f"{report['change']:.4f}", _share(report["unchanged"], report))
-        Console().print(table)
+        lines = [("block", "layers", "||dW||/||W||", "rounded away")]
+        for block, tally in [*report["blocks"].items(), ("all", report)]:
+            changed, unchanged = f"{tally['change']:.4f}", _share(tally["unchanged"], tally)
+            lines.append((block, str(tally["layers"]), changed, unchanged))
+        first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
+        for line in lines:
+            cells = (cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))
+            print("  ".join((line[0].ljust(first), *cells)))
     for one in report["loras"]:
         left = f", {len(one['unmatched'])} not in the base" if one["unmatched"] else ""
         print(f"{one['file']}: {one['matched']} of {one['layers']} layers matched{left}")
@@ -422,8 +476,6 @@ class _Bar:
 
     def show(self, total: int, stack: ExitStack) -> None:
         """Draw a bar on stderr, if that is a terminal, until the stack is left."""
-        import sys
-
         if not sys.stderr.isatty():
             return
         from rich.console import Console

@@ -9,25 +9,34 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from loratune import __version__
+from loratune.adapters.tokens import NewToken
 from loratune.data.module import CaptionedImages
 from loratune.errors import UserError
 from loratune.families.pixels import PixelDDPM
+from loratune.families.prompts import Prompts
 from loratune.families.stable_diffusion import NewStableDiffusion, StableDiffusion
+from loratune.formats.atomic import atomic_path
 from loratune.recipe_errors import check_recipes, explain
+from loratune.runs import check_data, give_back, make_room, prepare
 from loratune.training.autoencoder import AutoencoderModule
+from loratune.training.checkpoints import Checkpoints, use_atomic
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
-from loratune.training.export import Export
+from loratune.training.export import Export, check_format
+from loratune.training.guard import Guard
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
+from loratune.training.resume import Run
 from loratune.training.samples import SampleGrid
+from loratune.training.stopping import SIGNALS
+from loratune.training.triggers import check_prefixes
 
 SHORT_NAMES = (
     AutoencoderModule,
@@ -40,6 +49,9 @@ SHORT_NAMES = (
     StableDiffusion,
 )
 """Imported so that recipes can name them without their modules."""
+
+SECTIONS = {"samples": SampleGrid, "export": Export, "checkpoint": Checkpoints, "run": Run, "guard": Guard}
+"""What fills a recipe's sections beside trainer, model and data."""
 
 
 class RecipeParser(LightningArgumentParser):
@@ -57,18 +69,20 @@ class SaveRecipe(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.save_to_log_dir = False
+        text = self.parser.dump(self.config, skip_none=False)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Export | Run):
+                callback.recipe = text  # in every process; below is the first one's alone
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Export):
-                callback.recipe = text
         if stage != "fit":
             return
+        text = self.parser.dump(self.config, skip_none=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        with atomic_path(folder / "recipe.yaml") as path:
+            path.write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("recipe", f"```yaml\n{text}\n```")
@@ -105,11 +119,12 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections beside trainer, model and data."""
-        parser.add_lightning_class_args(SampleGrid, "samples")
-        parser.add_lightning_class_args(Export, "export")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        for section, made in SECTIONS.items():
+            parser.add_lightning_class_args(made, section)
         defaults = {"dirpath": None, "save_last": True, "save_top_k": 1, "every_n_train_steps": 250}
+        defaults["enable_version_counter"] = False  # last.ckpt is one file
         parser.set_defaults({"trainer.log_every_n_steps": 10, "trainer.enable_model_summary": False})
+        parser.set_defaults({"trainer.use_distributed_sampler": False})  # batches are cut among processes by us
         parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
 
     @property
@@ -128,6 +143,18 @@ class RecipeCLI(LightningCLI):
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
         memory = config.get("model.memory") or config.get("model.init_args.memory")
         check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
+        check_format(config.export.format, config.get("model.lora.kind") or config.get("model.init_args.lora.kind"))
+        prompts, token = (
+            config.get(f"model.{key}") or config.get(f"model.init_args.{key}") for key in ("prompts", "tokens")
+        )
+        check_prefixes(
+            config.data.as_dict(),
+            Prompts(**prompts.as_dict()) if prompts else Prompts(),
+            NewToken(**token.as_dict()) if token else None,
+        )
+        if self.subcommand:
+            check_data(config)
+            prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
@@ -138,7 +165,9 @@ class RecipeCLI(LightningCLI):
         if trainer.enable_progress_bar in (None, True):
             made.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = made
-        return super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            make_room(self._chosen)
+        return use_atomic(super().instantiate_trainer(**kwargs))
 
 
 def model_is_named(recipes: Sequence[Path], argv: Sequence[str]) -> bool:
@@ -172,6 +201,8 @@ def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
     check_recipes(recipes)
     named = model_is_named(recipes, argv)
     RecipeParser.explain = staticmethod(lambda message: explain(message, recipes, KeyNames(named)))
+    if execute and argv[0] == "fit":
+        SIGNALS.listen()
     try:
         return RecipeCLI(
             model_class=L.LightningModule if named else LoRAModule,
@@ -186,6 +217,9 @@ def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
         )
     except ValueError as error:
         raise UserError(f"{recipes[-1] if recipes else argv[0]}: {' '.join(str(error).split())}") from error
+    finally:
+        SIGNALS.forget()
+        give_back()
 
 
 class KeyNames:
@@ -201,7 +235,7 @@ class KeyNames:
             L.LightningModule if self.named else LoRAModule, "model", subclass_mode=self.named
         )
         parser.add_lightning_class_args(CaptionedImages, "data")
-        for section, made in (("samples", SampleGrid), ("export", Export), ("checkpoint", ModelCheckpoint)):
+        for section, made in SECTIONS.items():
             parser.add_lightning_class_args(made, section)
         names = {str(action.dest) for action in parser._actions} | {"seed_everything", "ckpt_path"}
         return iter(sorted(names))

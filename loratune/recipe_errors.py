@@ -32,6 +32,8 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
         return found[1]  # told already by a parser within
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], recipes, known)
+    if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return _unknown(found[1], recipes, known)
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown_in_class(found[1], recipes)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.progress import track
@@ -18,6 +19,7 @@ from loratune.families.prompts import Prompts, parse_weights
 from loratune.families.sampling import draw, make_sampler
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.bases import configs_of_file, find_base
+from loratune.formats.lora import LoRAFile
 from loratune.formats.pictures import to_picture
 from loratune.report.grids import grid
 
@@ -40,7 +42,10 @@ def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: S
     """A base with LoRAs added to its weights and with learned tokens, ready to draw."""
     family = load_family(base)
     names = layer_names(configs_of_file(find_base(base)))
-    merge_into(family.components(), [parse_weighted(text, names) for text in lora])
+    loras = [parse_weighted(text, names) for text in lora]
+    merge_into(family.components(), loras)
+    for one in loras:
+        family.follow(cast(LoRAFile, one.file).metadata)
     for file in embedding:
         put_embedding(file, family.text_parts())
     return family.requires_grad_(False).eval().to(pick_device(device))

@@ -93,6 +93,20 @@ def tiny_weights() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
     return random_weights
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with an SDXL of random weights: two text encoders of widths 8 and 12."""
+    from loratune.families.files import build, pipeline_of, save_diffusers_folder, tokenizers_of
+
+    configs = shrunk("sdxl")
+    configs["unet"] |= {"block_out_channels": [8, 16, 24], "layers_per_block": 1}
+    folder = tmp_path_factory.mktemp("sdxl")
+    tokenizers = tokenizers_of(folder, pipeline_of(configs))
+    family = build(configs, random_weights(configs), tokenizers, torch.float32, "tiny", ())
+    save_diffusers_folder(family, folder / "tiny", torch.float32)
+    return folder / "tiny"
+
+
 def write_pictures(folder: Path, count: int, captions: bool = True, size: int = 16) -> Path:
     """A folder of coloured discs with captions in metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from loratune.training.lora_module import LoRAModule
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-BIG = {"sd15-style.yaml", "sdxl-style.yaml"}
+BIG = {"concept-token.yaml", "sd15-style.yaml", "sdxl-qlora.yaml", "sdxl-style.yaml"}
 
 
 def shrunk(path: Path, tiny_base: Path, tmp_path: Path) -> list[str]:
@@ -151,3 +151,40 @@ def test_unreadable_pictures_are_left_out_and_named(
     assert "1 of 12 pictures are unreadable and left out" in caplog.text
     assert "03.png" in caplog.text
     assert main(["fit", "-c", str(recipe), "--trainer.max_steps", "1", "--data.strict", "true"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--model.lora.rnak 4", "'model.lora.rnak' is not known; did you mean 'model.lora.rank'?"),
+        ("--model.optimizer AdamQ", "'AdamQ' is no class that is known; did you mean 'Adam"),
+        ("--trainer.callbacks+=EMMA", "'EMMA' is no class that is known; did you mean 'EMA'?"),
+        ("--model.lora.kind lorra", "lorra"),
+        ("--model.objective.min_snr_gamma 5 --model.objective.debiased true", "both weigh by the SNR; keep one"),
+        ("--model.objective.huber_schedule snr", "huber_schedule is 'snr', but huber is null; set huber"),
+        ("--model.objective.prediction eps", "prediction 'eps' learns nothing"),
+        ("--model.objective.timesteps.mean 1", "set density to logit-normal"),
+        ("--model.objective.timesteps.start 0.9 --model.objective.timesteps.stop 0.5", "start is 0.9, stop 0.5"),
+        ("--model.lora.kind loha --model.lora.rslora true --export.format kohya", "leave them out for loha"),
+        ("--model.lora.kind loha", "peft cannot hold loha; set export.format: kohya"),
+        ("--model.lora.text_encoder_rate 0.5", "lora.text_encoder is false; set it to true"),
+        ("--model.lora.init pissa --model.lora.kind dora", "not with kind dora"),
+        ("--model.lora.init pissa --model.memory.quantise nf4", "set lora.init: kaiming"),
+        ("--model.lora.start_from nowhere.safetensors", "lora.start_from nowhere.safetensors: no such file"),
+        ("--model.lora.targets none", "nothing else is trained; set model.tokens"),
+        ("--model.schedule.final 0.5", "schedule.final says nothing of the name 'constant'"),
+        ("--model.memory.release true --samples.every_n_steps 2", "set samples.every_n_steps: 0"),
+        ("--model.prompts.chunks 40", "prompts.chunks is 40; give 1 to 16"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_weight_is_read(
+    recipe: Path, tmp_path: Path, words: str, expected: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loratune.training.diffusion_module as module
+
+    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("a weight was read"))
+    assert main(["fit", "-c", str(recipe), *words.split()]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loratune: ")]
+    assert len(told) == 1
+    assert expected in told[0]
+    assert not (tmp_path / "run").exists()

@@ -1,44 +1,22 @@
-"""W' = W_0 + sum_i w_i (alpha_i / r_i) B_i A_i (Hu 2021, section 4.1), computed once and rounded once."""
+"""In models in memory: W' = W_0 + sum_i w_i (alpha_i / r_i) B_i A_i (Hu 2021, section 4.1), rounded once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from loratune.adapters.weighting import Given, parse
-from loratune.errors import UserError
+from loratune.adapters.matching import Weighted, terms_by_layer
+from loratune.adapters.weighting import parse
 from loratune.formats.architectures import canonical_text_name
-from loratune.formats.lora import LoRAFile, read_lora
+from loratune.formats.lora import read_lora
 from loratune.formats.lora_layers import LowRank
-
-SHOWN = 3  # layers that a message names
 
 Term = tuple[float, LowRank]
 
 
-@dataclass(frozen=True)
-class Weighted:
-    """A LoRA and how strongly it counts."""
-
-    given: Given
-    file: LoRAFile
-
-    @property
-    def path(self) -> Path:
-        """Of its file."""
-        return self.given.path
-
-    @property
-    def weight(self) -> float:
-        """How strongly it counts, before the blocks' ratios."""
-        return self.given.weight
-
-
-def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted:
+def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted[LowRank]:
     """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT,block=ratio`, read.
 
     Args:
@@ -98,65 +76,8 @@ def computed_in(dtype: torch.dtype, exact: bool) -> torch.dtype:
     return torch.float64 if exact or dtype == torch.float64 else torch.float32
 
 
-@dataclass
-class Matches:
-    """The layers of LoRAs in a base.
-
-    Args:
-        terms: by canonical name of the base's layer.
-        unmatched: by LoRA in their order: canonical names of the layers that the base lacks.
-    """
-
-    terms: dict[str, list[Term]] = field(default_factory=dict)
-    unmatched: list[list[str]] = field(default_factory=list)
-
-
-def terms_by_layer(
-    loras: Sequence[Weighted], shapes: Mapping[str, Sequence[int]], partial: bool = False, sign: int = 1
-) -> Matches:
-    """The terms for each layer of a base.
-
-    Args:
-        loras: what is added.
-        shapes: shape of W_0 by canonical layer name.
-        partial: leave out the layers that the base lacks.
-        sign: -1 to subtract.
-
-    Raises:
-        UserError: a LoRA has a layer that the base lacks or that has another shape there, or not one that it has.
-    """
-    made = Matches()
-    for lora in loras:
-        lacking = [name for name in lora.file.layers if name not in shapes]
-        if lacking and (not partial or len(lacking) == len(lora.file.layers)):
-            raise UserError(f"{lora.path}: made for another base: {_lacking(lacking, len(lora.file.layers))}")
-        made.unmatched.append(lacking)
-        for name, layer in lora.file.layers.items():
-            if name in shapes:
-                _check_shape(lora.path, name, layer, tuple(shapes[name]))
-                made.terms.setdefault(name, []).append((sign * lora.given.weight_of(name), layer))
-    return made
-
-
-def _lacking(names: Sequence[str], count: int) -> str:
-    more = f" (and {len(names) - SHOWN} more)" if len(names) > SHOWN else ""
-    told = f"this one has no layer {', '.join(names[:SHOWN])}{more}"
-    if len(names) == count:
-        return f"{told}, nor any other of its {count}"
-    return f"{told}; --allow-partial leaves them out, and merges the other {count - len(names)}"
-
-
-def _check_shape(path: Path, name: str, layer: LowRank, shape: tuple[int, ...]) -> None:
-    size = 1
-    for one in shape[1:]:
-        size *= one
-    if layer.flat_shape != (shape[0], size):
-        told = f"{name} is {list(layer.flat_shape)}, the base's {list(shape)}"
-        raise UserError(f"{path}: made for another base: {told}")
-
-
 @torch.no_grad()
-def merge_into(components: Mapping[str, nn.Module], loras: Sequence[Weighted]) -> None:
+def merge_into(components: Mapping[str, nn.Module], loras: Sequence[Weighted[LowRank]]) -> None:
     """Add LoRAs to the weights of modules, in place."""
     weights = {
         f"{component}.{canonical_text_name(name) if component.startswith('text_encoder') else name}": part.weight

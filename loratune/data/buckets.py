@@ -79,12 +79,15 @@ def batches(sizes: Sequence[Size], batch_size: int, random: torch.Generator) -> 
     """Indices in batches of one size, every index once, batches and their contents in random order.
 
     Where a size's pictures do not fill a last batch, that batch is smaller; nothing is lost and nothing comes twice.
+    Where there is one size alone, the smaller batch is the last.
     """
     order = torch.randperm(len(sizes), generator=random).tolist()
     held: dict[Size, list[int]] = {}
     for index in order:
         held.setdefault(sizes[index], []).append(index)
     cut = [part for size in sorted(held) for part in _parts(held[size], batch_size)]
+    if len(held) < 2:
+        return cut  # in random order already
     return [cut[i] for i in torch.randperm(len(cut), generator=random).tolist()]
 
 

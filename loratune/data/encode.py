@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from loratune.data.augment import cut
+from loratune.data.buckets import Size
 from loratune.data.cache import Cache, key_of
+from loratune.data.collection import Collection
+from loratune.data.entries import MIDDLE, Entry, View
+from loratune.data.masks import mask_tensor
 from loratune.formats.files import tensors_hash
-from loratune.formats.pictures import normalise, open_picture, square, to_tensor
+from loratune.formats.pictures import normalise, open_picture, to_tensor
 
 
 class Encodes(Protocol):
@@ -37,13 +44,55 @@ class Encodes(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One picture of a source: its row, its file's name, its caption, and the sha256 of its bytes."""
+class Keys:
+    """Names of entries in the cache, made of all that decides what is in them.
 
-    index: int
-    name: str
-    caption: str
-    digest: str
+    Args:
+        vae: hash of its weights.
+        text: hash of the text encoders' weights.
+        settings: of the text encoders.
+    """
+
+    vae: str
+    text: str
+    settings: str
+
+    def picture(self, entry: Entry, view: View) -> str:
+        """Of a picture's posterior."""
+        width, height = entry.bucket
+        if width == height and view == MIDDLE:
+            return key_of(what="picture", picture=entry.digest, size=width, vae=self.vae)
+        return key_of(what="picture", picture=entry.digest, vae=self.vae, **_named(entry.bucket, view))
+
+    def mask(self, entry: Entry, view: View, latents: Size) -> str:
+        """Of a picture's mask at the size of its latents."""
+        return key_of(what="mask", mask=entry.mask, latents="x".join(map(str, latents)), **_named(entry.bucket, view))
+
+    def caption(self, caption: str) -> str:
+        """Of a caption's condition."""
+        return key_of(what="text", caption=caption, encoder=self.text, settings=self.settings)
+
+
+def _named(bucket: Size, view: View) -> dict[str, str]:
+    return {"bucket": f"{bucket[0]}x{bucket[1]}", "view": f"{view.across:.6f},{view.down:.6f},{view.flip:d}"}
+
+
+def pixels_of(
+    data: bytes, bucket: Size, view: View, vary: Callable[[Image.Image], Image.Image] | None = None
+) -> Tensor:
+    """A view of a picture as uint8, (3, H, W).
+
+    Args:
+        data: the picture's bytes.
+        bucket: width and height.
+        view: which part.
+        vary: what is done to it then.
+
+    Raises:
+        OSError: the picture is unreadable.
+    """
+    seen = cut(open_picture(data), bucket, view)
+    return to_tensor(vary(seen) if vary else seen)
 
 
 class Encoder:
@@ -52,33 +101,41 @@ class Encoder:
     Args:
         family: the base; only its VAE and text encoders are used.
         cache: folder of the cache.
-        size: side of the pictures in pixels.
         text: whether captions are encoded too (not while the text encoder is trained).
     """
 
-    def __init__(self, family: Encodes, cache: Path, size: int, text: bool) -> None:
-        self.family, self.cache, self.size, self.text = family, Cache(cache), size, text
+    def __init__(self, family: Encodes, cache: Path, text: bool) -> None:
+        self.family, self.cache, self.text = family, Cache(cache), text
         parts = family.components()
-        self.vae_hash = _weights_hash([part for name, part in parts.items() if name == "vae"])
-        self.text_hash = _weights_hash([part for name, part in parts.items() if name.startswith("text_encoder")])
-        self.text_settings = family.text_settings() if text else ""
+        self.keys = Keys(
+            _weights_hash([part for name, part in parts.items() if name == "vae"]),
+            _weights_hash([part for name, part in parts.items() if name.startswith("text_encoder")]),
+            family.text_settings() if text else "",
+        )
 
-    def prepare(self, entry: Entry, data: bytes) -> None:
-        """See that a sample is in the cache.
+    def posterior(self, entry: Entry, view: View, pixels: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The `mean` and `logvar` of a view, (C, h, w) each; `pixels` are asked for where they are not cached."""
+        return self._get(self.keys.picture(entry, view), lambda: self._encode_picture(pixels()))
 
-        Raises:
-            OSError: the picture is unreadable.
-        """
-        self.read(entry, lambda: data)
+    def condition(self, caption: str) -> dict[str, Tensor]:
+        """What the network is told for a caption."""
+        return self._get(self.keys.caption(caption), lambda: self._encode_text(caption))
 
-    def read(self, entry: Entry, data: Callable[[], bytes]) -> dict[str, Any]:
-        """The sample's `mean` and `logvar` and, where the text is frozen, its `condition`."""
-        key = key_of(what="picture", picture=entry.digest, size=self.size, vae=self.vae_hash)
-        sample: dict[str, Any] = self._get(key, lambda: self._encode_picture(data()))
-        if self.text:
-            key = key_of(what="text", caption=entry.caption, encoder=self.text_hash, settings=self.text_settings)
-            sample["condition"] = self._get(key, lambda: self._encode_text(entry.caption))
-        return sample
+    def mask(self, entry: Entry, view: View, latents: Size, data: Callable[[], bytes | None]) -> Tensor:
+        """The mask of a view at the size of its latents, (1, h, w) in [0, 1]."""
+
+        def made() -> dict[str, Tensor]:
+            whole = mask_tensor(data(), entry.bucket, view)
+            return {"mask": torch.nn.functional.adaptive_avg_pool2d(whole, latents)}
+
+        return self._get(self.keys.mask(entry, view, latents), made)["mask"]
+
+    def prepare(self, entry: Entry, pixels: Sequence[tuple[View, Tensor]], captions: Sequence[str]) -> None:
+        """Encode a picture's views, of which the pixels are given, and its captions, into the cache."""
+        for view, seen in pixels:
+            self.cache.put(self.keys.picture(entry, view), self._encode_picture(seen))
+        for caption in captions if self.text else ():
+            self.condition(caption)
 
     def _get(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         found = self.cache.get(key)
@@ -88,13 +145,55 @@ class Encoder:
         return found
 
     @torch.no_grad()
-    def _encode_picture(self, data: bytes) -> dict[str, Tensor]:
-        pixels = normalise(to_tensor(square(open_picture(data), self.size)))[None].to(self.family.device)
+    def _encode_picture(self, pixels: Tensor) -> dict[str, Tensor]:
+        pixels = normalise(pixels)[None].to(self.family.device)
         return {name: value[0].cpu() for name, value in self.family.encode_pictures(pixels).items()}
 
     @torch.no_grad()
     def _encode_text(self, caption: str) -> dict[str, Tensor]:
         return {name: value[0].cpu() for name, value in self.family.encode_text([caption]).items()}
+
+
+class Look(NamedTuple):
+    """What a picture is, or its name and what is wrong with it; and the pixels of its views that are not cached."""
+
+    found: Entry | tuple[str, str]
+    pixels: Sequence[tuple[View, Tensor]] = ()
+
+
+class Looks(Dataset[Look]):
+    """Each picture looked at once, in processes of their own if there are any.
+
+    Args:
+        collection: the pictures.
+        numbers: which of them.
+        cached: the cache and its names; none where nothing is cached, and pictures are only decoded.
+    """
+
+    def __init__(self, collection: Collection, numbers: Sequence[int], cached: tuple[Cache, Keys] | None) -> None:
+        self.collection, self.numbers, self.cached = collection, numbers, cached
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Look:
+        source, row = self.collection.at(self.numbers[index])
+        sample = self.collection.sources[source][row]
+        try:
+            entry = self.collection.entry(source, row, sample)
+            if self.cached is None:
+                open_picture(sample.data)
+                return Look(entry)
+            return Look(entry, self._missing(entry, sample.data, *self.cached))
+        except OSError as error:
+            return Look((sample.name, str(error)))
+
+    def _missing(self, entry: Entry, data: bytes, cache: Cache, keys: Keys) -> list[tuple[View, Tensor]]:
+        views = [view for view in self.collection.views(entry) if cache.get(keys.picture(entry, view)) is None]
+        if not views:
+            return []
+        picture = open_picture(data)
+        return [(view, to_tensor(cut(picture, entry.bucket, view))) for view in views]
 
 
 def _weights_hash(parts: list[nn.Module]) -> str:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from loratune.data.encode import Encoder, Entry
-from loratune.data.sources import Source, read_source
+from loratune.data.augment import Augment, corner
+from loratune.data.buckets import Buckets
+from loratune.data.captions import Captions
+from loratune.data.collection import Collection
+from loratune.data.encode import Encoder, Looks, pixels_of
+from loratune.data.entries import MIDDLE, Draw, Entry
+from loratune.data.masks import mask_tensor
+from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
+from loratune.data.settings import Pictures, gathered, left_out
+from loratune.data.shares import Rows, Shares
+from loratune.data.sources import read_source
 from loratune.errors import UserError
-from loratune.formats.pictures import open_picture, square, to_tensor
+from loratune.formats.pictures import normalise
 
 log = logging.getLogger(__name__)
 NAMED = 10
@@ -27,23 +38,31 @@ class CaptionedImages(L.LightningDataModule):
     """Captioned pictures as training batches; what a frozen VAE and text encoder make is cached on disk.
 
     Args:
-        path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .parquet file; a hub dataset.
-        size: side of the square that pictures are brought to, in pixels.
+        path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
+            that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
+        size: side of the square that pictures are brought to, in pixels; with buckets the side of a square of their
+            area.
         batch_size: pictures in a batch.
         prefix: put before every caption (a trigger word).
         validation_percent: share of the pictures held out for the validation loss, 0 to 50.
         split_by: what the split hashes: the picture's bytes, or its caption.
-        image_column: the column of pictures, for parquet and hub.
-        caption_column: the column of captions; by default the first of text, caption, prompt.
+        image_column: the column of pictures, for parquet, datasets and hub.
+        caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
         allow_missing_captions: train on pictures without a caption, as pictures of nothing in particular.
         strict: stop at the first unreadable picture instead of going on without it.
         cache: folder of encoded pictures and captions, shared between runs.
-        workers: processes that load batches.
+        workers: processes that decode pictures and load batches.
+        sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
+        buckets: sizes beside the square, so that pictures keep about their shape; a batch is of one size. Without it
+            the middle square of each picture is taken.
+        captions: what is told of a picture in each step.
+        augment: how training pictures vary.
+        on_the_fly: encode pictures in each step instead of caching them: slower, and what colour changes need.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         size: int = 512,
         batch_size: int = 1,
         prefix: str = "",
@@ -55,109 +74,215 @@ class CaptionedImages(L.LightningDataModule):
         strict: bool = False,
         cache: Path = Path("~/.cache/loratune"),
         workers: int = 0,
+        sources: list[Pictures] | None = None,
+        buckets: Buckets | None = None,
+        captions: Captions = Captions(),  # noqa: B008 (frozen)
+        augment: Augment = Augment(),  # noqa: B008 (frozen)
+        on_the_fly: bool = False,
     ) -> None:
         super().__init__()
         for key, value, least, most in (
             ("size", size, 8, 8192),
             ("batch_size", batch_size, 1, 65536),
             ("validation_percent", validation_percent, 0, 50),
+            ("workers", workers, 0, 1024),
         ):
             if not least <= value <= most:
                 raise ValueError(f"data.{key} is {value}; give {least} to {most}")
-        self.path, self.size, self.batch_size, self.prefix = path, size, batch_size, prefix
+        if augment.colours and not on_the_fly:
+            colour, far = next(iter(augment.colours.items()))
+            told = "colours can only change where pictures are encoded in each step"
+            raise ValueError(f"data.augment.{colour} is {far}: {told}; set data.on_the_fly: true, or {colour}: 0")
+        if buckets is not None:
+            buckets.sizes(size**2)  # raises where none fits
+        short = {"prefix": prefix, "image_column": image_column, "caption_column": caption_column}
+        self.sources = [one for one in gathered(path, sources, short) if not left_out(one)]
+        self.size, self.batch_size, self.workers, self.cache = size, batch_size, workers, cache
         self.validation_percent, self.split_by = validation_percent, split_by
-        self.image_column, self.caption_column = image_column, caption_column
         self.allow_missing_captions, self.strict = allow_missing_captions, strict
-        self.cache, self.workers = cache, workers
+        self.buckets, self.captions, self.augment, self.on_the_fly = buckets, captions, augment, on_the_fly
         self.unreadable: list[str] = []
-        self.training: Dataset[Any] | None = None
-        self.held_out: Dataset[Any] | None = None
+        self.training: Samples | None = None
+        self.held_out: Samples | None = None
 
-    def setup(self, stage: str) -> None:
-        """Read the source, say what is wrong with it, and encode what is not in the cache yet."""
-        if self.training is not None:
-            return
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        source = read_source(self.path, self.image_column, self.caption_column)
-        self._check_captions(source)
-        encoder = None
-        if module.batch_kind == "latents":
-            module.family.start_shape(self.size)  # refuses a size that the VAE cannot halve often enough
-            encoder = Encoder(module.family, self.cache, self.size, text=module.text_is_frozen)
-            encoder.family.to(self.trainer.strategy.root_device)
-        training: list[Entry] = []
-        held_out: list[Entry] = []
-        for entry in self._entries(source, encoder):
-            (held_out if self._is_held_out(entry) else training).append(entry)
-        self._report_unreadable(len(source))
-        if not training:
-            raise UserError(f"{self.path}: no picture is left to train on")
-        self.training = _Batches(training, source, encoder, self.size)
-        self.held_out = _Batches(held_out, source, encoder, self.size)
+    @cached_property
+    def collection(self) -> Collection:
+        """The sources, opened.
 
-    def _check_captions(self, source: Source) -> None:
-        captions = source.rows["caption"]
-        missing = [source[i].name for i, text in enumerate(captions) if not (text or "").strip()]
+        Raises:
+            UserError: one cannot be read, or has no pictures.
+        """
+        opened = [read_source(one.path, one.image_column, one.caption_column) for one in self.sources]
+        for source, told in zip(opened, self.sources, strict=True):
+            if not len(source):
+                raise UserError(f"{told.path}: holds no pictures; leave this source out")
+        settings = (self.buckets, self.captions, self.augment, self.validation_percent, self.split_by)
+        return Collection(self.sources, opened, self.size, *settings)
+
+    def check(self) -> None:
+        """See, by names, captions and the headers of pictures with masks, that the sources can be trained on.
+
+        Raises:
+            UserError: a source is empty, a picture has no caption, or a mask has another size than its picture.
+        """
+        collection = self.collection
+        self._check_captions(collection)
+        for number, masks in enumerate(collection.masks):
+            if masks is not None:
+                self._check_masks(number, collection)
+
+    def _check_captions(self, collection: Collection) -> None:
+        missing = [name for source in collection.sources for name in source.without_caption()]
         if not missing:
             return
-        listed = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        message = f"{self.path}: {len(missing)} of {len(source)} pictures have no caption: {listed}"
+        where = ", ".join(one.path for one in self.sources)
+        message = f"{where}: {len(missing)} of {len(collection)} pictures have no caption: {_listed(missing)}"
         if not self.allow_missing_captions:
             raise UserError(f"{message}; write them, or set data.allow_missing_captions: true")
         log.warning("%s", message)
 
-    def _entries(self, source: Source, encoder: Encoder | None) -> Iterator[Entry]:
-        show = {"description": "encoding" if encoder else "reading", "transient": True}
-        quiet = self.trainer is not None and not self.trainer.is_global_zero
-        for index, sample in enumerate(track(source, total=len(source), disable=quiet, **show)):  # type: ignore[arg-type]
-            caption = self.prefix + (sample.caption or "")
-            digest = hashlib.sha256(sample.data).hexdigest()
-            entry = Entry(index, Path(sample.name).name, caption, digest)
+    def _check_masks(self, number: int, collection: Collection) -> None:
+        told, source = self.sources[number], collection.sources[number]
+        bare = []
+        for index, sample in enumerate(source):
             try:
-                if encoder is None:
-                    open_picture(sample.data)
-                else:
-                    encoder.prepare(entry, sample.data)
-            except OSError as error:
-                if self.strict:
-                    raise UserError(f"{sample.name}: unreadable ({error}); mend or remove it") from error
-                self.unreadable.append(sample.name)
-            else:
-                yield entry
+                if not collection.entry(number, index, sample).mask:
+                    bare.append(Path(sample.name).name)
+            except OSError:
+                continue  # told of when it is read
+        if len(bare) == len(source):
+            raise UserError(f"{told.masks}: has a mask for none of the pictures of {told.path}; give them their names")
+        if bare:
+            log.warning("%s: %d pictures have no mask and count whole: %s", told.masks, len(bare), _listed(bare))
 
-    def _report_unreadable(self, total: int) -> None:
-        if self.unreadable:
-            listed = ", ".join(self.unreadable)
-            log.warning("%d of %d pictures are unreadable and left out: %s", len(self.unreadable), total, listed)
+    def setup(self, stage: str) -> None:
+        """Read the sources, say what is wrong with them, and encode what is not in the cache yet."""
+        if self.training is not None:
+            return
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        collection = self.collection
+        self.check()
+        encoder = self._encoder(module) if module.batch_kind == "latents" else None
+        training: list[Entry] = []
+        held_out: list[Entry] = []
+        for entry in self._entries(collection, encoder):
+            (held_out if collection.is_held_out(entry) else training).append(entry)
+        for number, one in enumerate(self.sources):
+            if not any(entry.source == number for entry in (*training, *held_out)):
+                raise UserError(f"{one.path}: no picture is left to train on")
+        if not any(self.sources[entry.source].role == "training" for entry in training):
+            raise UserError(f"{self.sources[0].path}: no picture is left to train on")
+        self.training = Samples(training, collection, encoder, self.on_the_fly)
+        self.held_out = Samples(held_out, collection, encoder, self.on_the_fly)
 
-    def _is_held_out(self, entry: Entry) -> bool:
-        text = entry.digest if self.split_by == "picture" else entry.caption.removeprefix(self.prefix)
-        return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < self.validation_percent
+    def check_sizes(self, family: Any) -> None:
+        """See that a base can be given the recipe's sizes.
+
+        Args:
+            family: has `start_shape`, which raises UserError for a side that it cannot take.
+
+        Raises:
+            UserError: it cannot; the message names the key.
+        """
+        try:
+            family.start_shape(self.size if self.buckets is None else self.buckets.step)
+        except UserError as error:
+            key = "size" if self.buckets is None else "buckets.step"
+            raise UserError(f"data.{key}: {error}; change data.{key}") from None
+
+    def _encoder(self, module: Any) -> Encoder:
+        assert self.trainer is not None
+        self.check_sizes(module.family)
+        text = module.text_is_frozen and not self.captions.changes_tags
+        encoder = Encoder(module.family, self.cache, text)
+        encoder.family.to(self.trainer.strategy.root_device)
+        return encoder
+
+    def _entries(self, collection: Collection, encoder: Encoder | None) -> list[Entry]:
+        """The readable pictures; each process of a run encodes its share of them."""
+        assert self.trainer is not None
+        rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+        numbers = range(rank, len(collection), processes)
+        cached = None if encoder is None or self.on_the_fly else (encoder.cache, encoder.keys)
+        looks = DataLoader(
+            Looks(collection, numbers, cached), batch_size=None, num_workers=self.workers, collate_fn=_as_it_is
+        )
+        found: list[Entry | tuple[str, str]] = []
+        show = {"description": "encoding" if encoder else "reading", "transient": True}
+        for look in track(looks, total=len(numbers), disable=not self.trainer.is_global_zero, **show):  # type: ignore[arg-type]
+            if isinstance(look.found, Entry) and encoder is not None:
+                encoder.prepare(look.found, look.pixels, collection.told(look.found))
+            found.append(look.found)
+            if self.strict and not isinstance(look.found, Entry):
+                break
+        if processes > 1:
+            every: list[Any] = [None] * processes
+            torch.distributed.all_gather_object(every, found)
+            longest = max(map(len, every))
+            found = [part[at] for at in range(longest) for part in every if at < len(part)]
+        self._report_unreadable([one for one in found if not isinstance(one, Entry)], len(collection))
+        return [one for one in found if isinstance(one, Entry)]
+
+    def _report_unreadable(self, lost: Sequence[tuple[str, str]], total: int) -> None:
+        if self.strict and lost:
+            name, fault = lost[0]
+            raise UserError(f"{name}: unreadable ({fault}); mend or remove it")
+        self.unreadable = [name for name, _ in lost]
+        if lost:
+            log.warning(
+                "%d of %d pictures are unreadable and left out: %s", len(lost), total, ", ".join(self.unreadable)
+            )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Encode pictures that are not cached, on the run's device."""
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        if not self.on_the_fly or module is None or module.batch_kind != "latents":
+            return batch
+        with torch.no_grad():
+            return batch | module.family.encode_pictures(normalise(batch["pixels"]))
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.training is not None
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        entries, processes = self.training.entries, getattr(self.trainer, "world_size", 1)
+        counts = [sum(entry.source == number for entry in entries) for number in range(len(self.sources))]
+        order = BatchOrder(
+            groups(entries, often(self.sources, counts)),
+            [entry.bucket for entry in entries],
+            self.batch_size * processes,
+            int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            self._place,
+        )
+        if processes == 1:
+            return self._loader(self.training, order)
+        assert self.trainer is not None
+        return self._loader(Rows(self.training), Shares(order, self.trainer.global_rank, processes))
 
-        def consumed(batches: int) -> int:
-            trainer = self.trainer
-            return batches_consumed(trainer.global_step, batches, trainer.accumulate_grad_batches) if trainer else 0
-
-        count = len(self.training)  # type: ignore[arg-type]
-        return self._loader(self.training, EpochOrder(count, seed, consumed, self.batch_size))
+    def _place(self, batches: int) -> tuple[int, int]:
+        """The epoch that the run is in, and how many of its batches are done."""
+        if self.trainer is None:
+            return 0, 0
+        consumed = batches_consumed(self.trainer.global_step, batches, self.trainer.accumulate_grad_batches)
+        epoch, done = divmod(consumed, batches)
+        loop: Any = getattr(self.trainer, "fit_loop", None)
+        if loop is None:
+            return epoch, done
+        # Where a run goes on with other batches, which it was allowed to, Lightning counts on from where it was.
+        ready = min(loop.epoch_loop.batch_progress.current.ready, batches)
+        return epoch + (done > ready), ready
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         assert self.held_out is not None
-        return self._loader(self.held_out) if len(self.held_out) else []  # type: ignore[arg-type]
+        batches = in_order([entry.bucket for entry in self.held_out.entries], self.batch_size)
+        return self._loader(self.held_out, batches) if batches else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.val_dataloader()
 
-    def _loader(self, rows: Dataset[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset[Any], batches: Any) -> DataLoader[Any]:
         return DataLoader(
             rows,
-            self.batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
@@ -165,64 +290,73 @@ class CaptionedImages(L.LightningDataModule):
         )
 
 
-class EpochOrder(Sampler[int]):
-    """Every index once in each epoch, in an order that follows from seed and epoch alone.
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
-    Where the run stands is asked for, not counted: after a resume the order goes on where it was.
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Encoded samples, found by their index, or by a `Draw` from which all that is random of them follows.
 
     Args:
-        count: of samples.
-        seed: of the run.
-        consumed: how many batches the run has trained on so far.
-        batch_size: samples in a batch.
+        entries: the samples.
+        collection: where their pictures are.
+        encoder: reads them from the cache; none gives pixels.
+        on_the_fly: give pixels all the same, which the training encodes.
     """
 
     def __init__(
-        self, count: int, seed: int, consumed: Callable[[int], int] = lambda _: 0, batch_size: int = 1
+        self, entries: list[Entry], collection: Collection, encoder: Encoder | None, on_the_fly: bool = False
     ) -> None:
-        self.count, self.seed, self.consumed, self.batch_size = count, seed, consumed, batch_size
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        batches = -(-self.count // self.batch_size)
-        epoch, done = divmod(self.consumed(batches), batches)
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return iter(torch.randperm(self.count, generator=random).tolist()[done * self.batch_size :])
-
-
-def batches_consumed(step: int, batches: int, accumulate: int) -> int:
-    """Batches a run has trained on after `step` optimizer steps.
-
-    Args:
-        step: optimizer steps taken.
-        batches: in an epoch.
-        accumulate: batches to a step; the last step of an epoch may have fewer.
-    """
-    steps = -(-batches // accumulate)
-    epoch, within = divmod(step, steps)
-    return epoch * batches + within * accumulate
-
-
-class _Batches(Dataset[dict[str, Any]]):
-    def __init__(self, entries: list[Entry], source: Source, encoder: Encoder | None, size: int) -> None:
-        self.entries, self.source, self.encoder, self.size = entries, source, encoder, size
+        self.entries, self.collection, self.encoder = entries, collection, encoder
+        self.cached = encoder is not None and not on_the_fly
+        self.weighed = any(one.loss_weight != 1 for one in collection.settings)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        entry = self.entries[index]
-        sample: dict[str, Any] = {"name": entry.name, "caption": entry.caption}
-        if self.encoder is None:
-            picture = square(open_picture(self.source[entry.index].data), self.size)
-            return sample | {"pixels": to_tensor(picture)}
-        return sample | self.encoder.read(entry, lambda: self.source[entry.index].data)
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        draw = draw if isinstance(draw, Draw) else Draw(draw)
+        entry, collection = self.entries[draw.sample], self.collection
+        random = Random(f"{draw.place} {entry.digest}") if draw.place else None
+        view = collection.augment.draw(entry.size, entry.bucket, random) if random else MIDDLE
+        caption = collection.captions.draw(entry.captions, entry.prefix, random) if random else entry.caption
+
+        def pixels() -> Tensor:
+            varied = (lambda one: collection.augment.colour(one, random)) if random else None
+            return pixels_of(collection.sample(entry).data, entry.bucket, view, varied)
+
+        sample: dict[str, Any] = {"name": entry.name, "caption": caption}
+        if self.encoder is not None and self.cached:
+            sample |= self.encoder.posterior(entry, view, pixels)
+        else:
+            sample["pixels"] = pixels()
+        if self.encoder is not None:
+            left, top = corner(entry.size, entry.bucket, view)
+            sizes = (*entry.size[::-1], top, left, *entry.bucket[::-1])
+            sample["sizes"] = torch.tensor(sizes, dtype=torch.float32)
+            if self.encoder.text:
+                sample["condition"] = self.encoder.condition(caption)
+        if self.weighed:
+            sample["loss_weight"] = torch.tensor(entry.loss_weight, dtype=torch.float32)
+        if collection.masked:
+            sample["mask"] = self._mask(entry, view, sample)
+        return sample
+
+    def _mask(self, entry: Entry, view: Any, sample: dict[str, Any]) -> Tensor:
+        if self.encoder is None or not self.cached:
+            return mask_tensor(self.collection.mask(entry), entry.bucket, view)
+        height, width = sample["mean"].shape[-2:]
+        return self.encoder.mask(entry, view, (height, width), lambda: self.collection.mask(entry))
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples as one batch: tensors are stacked, names and captions stay lists."""
     batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in ("name", "caption")}
+    if "share" in samples[0]:
+        batch["share"] = samples[0]["share"]
     rest = [{key: value for key, value in sample.items() if key not in batch} for sample in samples]
     return batch | default_collate(rest)

@@ -44,7 +44,7 @@ def pyramid_sides(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def perturb(noise: Tensor, other: Tensor, strength: float) -> Tensor:
-    """The noise that goes into x_t, while the target keeps `noise`: e + strength * e' (Ning 2023, eq. 7).
+    """The noise that goes into x_t, while the target keeps `noise`: e + strength * e' (Ning 2023).
 
     Trains the network on inputs as wrong as its own earlier steps make them.
 

@@ -24,7 +24,7 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """Weight that makes the squared error of a prediction min(snr, gamma) |x_0 error|^2.
 
-    Hang 2023, section 3.4. eps: min(snr, gamma) / snr, v: min(snr, gamma) / (snr + 1), x0: min(snr, gamma);
+    Hang 2023. eps: min(snr, gamma) / snr, v: min(snr, gamma) / (snr + 1), x0: min(snr, gamma);
     shaped as snr, which is in [0, inf]. On pure noise (snr = 0) it is 1 for eps and 0 for v and x0, so that
     with zero terminal SNR the last step is not trained at all.
     Raises ValueError for flow: its path does not keep a^2 + b^2 = 1, on which these weights rest.

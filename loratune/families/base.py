@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loratune.diffusion.process import Prediction, ddpm_coefficients, expand
+from loratune.diffusion.process import (
+    Prediction,
+    alpha_bars,
+    ddpm_coefficients,
+    expand,
+    rescale_zero_terminal_snr,
+)
+
+PREDICTION_TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""What diffusers' schedulers call what a network predicts."""
+
+# Metadata of a file that was trained for another prediction or schedule than its base's.
+PREDICTION_KEY = "loratune.prediction"
+ZERO_SNR_KEY = "loratune.zero_terminal_snr"
 
 Condition = dict[str, Tensor]
 """What the network is told beside x_t and t; every tensor has the batch first. Empty: nothing."""
@@ -40,6 +53,29 @@ class Family(nn.Module, ABC):
         """(a, b) of x_t = a x_0 + b e for steps t (B,), shaped to multiply `like`."""
         a, b = ddpm_coefficients(self.alpha_bars.double()[t])
         return expand(a.to(like.dtype), like), expand(b.to(like.dtype), like)
+
+    def predict(self, prediction: Prediction) -> None:
+        """Take the network's output for another prediction, here and in drawing."""
+        self.prediction = prediction
+        self.scheduler_config = {**self.scheduler_config, "prediction_type": PREDICTION_TYPES[prediction]}
+
+    def end_in_noise(self) -> None:
+        """Rescale the schedule so that its last step is pure noise, at which drawing then starts (Lin 2024)."""
+        bars = self.alpha_bars.double()
+        if float(bars[-1]) == 0:
+            return
+        before = torch.cat([torch.ones_like(bars[:1]), bars[:-1]])
+        self.alpha_bars = alpha_bars(rescale_zero_terminal_snr(1 - bars / before)).to(self.alpha_bars)
+        told = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.scheduler_config = {**self.scheduler_config, **told}
+
+    def follow(self, metadata: Mapping[str, str]) -> None:
+        """Draw as a file wants it that was trained for another prediction or schedule."""
+        kinds: dict[str, Prediction] = {kind: kind for kind in PREDICTION_TYPES}
+        if kind := kinds.get(metadata.get(PREDICTION_KEY, "")):
+            self.predict(kind)
+        if metadata.get(ZERO_SNR_KEY) == "true":
+            self.end_in_noise()
 
     def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels in [-1, 1] (B, 3, H, W) as what is cached: the VAE's mean and log-variance."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ __all__ = [
     "save_single_file",
     "tokenizers_of",
     "weights_of",
+    "without_weights",
     "write_folder",
     "write_single_file",
 ]
@@ -61,6 +64,7 @@ __all__ = [
 # Of SD 2.x: predicting v leaves it with a wider spread than predicting eps does. A rule that others use too.
 TELLING = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09
+_WITHOUT_WEIGHTS = ContextVar("without_weights", default=False)
 
 
 def base_hash(name: str) -> str:
@@ -85,6 +89,16 @@ def _hash(file: Path, size: int, changed: int) -> str:
     return sha256_file(file)
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it `load_family` reads no weights: bases are built on the meta device, with shapes and no numbers."""
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
 def load_family(name: str, dtype: torch.dtype = torch.float32, exact: Collection[str] = ()) -> StableDiffusion:
     """A base by name, with its weights in `dtype` but the `exact` components in float32, to train or draw with.
 
@@ -96,6 +110,8 @@ def load_family(name: str, dtype: torch.dtype = torch.float32, exact: Collection
     if is_inpainting(configs):
         what = "an inpainting model (its U-Net takes 9 channels), which can be merged and inspected"
         raise UserError(f"{name}: {what}, but not trained or drawn with here; give a base that is none")
+    if _WITHOUT_WEIGHTS.get():
+        return build(configs, None, tokenizers_of(path, pipeline_of(configs)), dtype, name, exact)
     configs, weights = read_folder(path) if path.is_dir() else read_single_file(path)
     return build(configs, weights, tokenizers_of(path, pipeline_of(configs)), dtype, name, exact)
 
@@ -149,13 +165,15 @@ def _tell_prediction(path: Path, configs: Configs) -> None:
 
 def build(
     configs: Configs,
-    weights: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Mapping[str, Tensor]] | None,
     tokenizers: Mapping[str, CLIPTokenizer],
     dtype: torch.dtype = torch.float32,
     source: str = "",
     exact: Collection[str] = (),
 ) -> StableDiffusion:
     """A base from configurations and weights; every weight must fit and none may be missing.
+
+    Without weights it is on the meta device.
 
     Raises:
         UserError: one does not, or is missing.
@@ -166,6 +184,10 @@ def build(
         with init_empty_weights(include_buffers=False):  # no memory, and no random numbers, for what is replaced
             module = _new(name, kind, configs[name])
         own = torch.float32 if name in (*pipeline.float32, *exact) else dtype
+        parts[name] = module
+        if weights is None:
+            module.to(own)
+            continue
         found = {key: value.to(own, copy=True) for key, value in weights[name].items()}
         if is_text(name):
             found = module_text_keys(found, module.state_dict().keys())
@@ -174,7 +196,6 @@ def build(
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"{source}: the weights of its {name} do not fit its configuration: {reason}") from None
-        parts[name] = module
     return pipeline.family(**parts, **tokenizers, scheduler_config=configs["scheduler"], source=source)
 
 

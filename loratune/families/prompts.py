@@ -64,7 +64,8 @@ def parse_weights(prompt: str) -> list[Part]:
             if len(levels) == 1:
                 raise UserError(f"prompt {prompt!r}: a ')' closes nothing; write \\) for a bracket that is meant")
             weight = EMPHASIS if piece == ")" else _weight(piece[1:-1], prompt)
-            levels[-2] += [Part(part.text, part.weight * weight) for part in levels.pop()]
+            inner = levels.pop()
+            levels[-1] += [Part(part.text, part.weight * weight) for part in inner]
         else:
             levels[-1].append(Part(piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
     if len(levels) > 1:
@@ -208,7 +209,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     The rescaling keeps a window's size, so that one heavier word makes the others lighter. Other programs keep the
     mean of z, which for some encoders is near zero and then changes its sign.
     """
-    weighed = states * weights.to(states)[..., None]
+    weighed = states * weights.to(states, non_blocking=True)[..., None]
     sizes = [one.detach().abs().mean((1, 2), keepdim=True) for one in (states, weighed)]
     return weighed * (sizes[0] / sizes[1].clamp_min(torch.finfo(states.dtype).tiny))
 
@@ -217,9 +218,9 @@ def join(states: Tensor, counts: Sequence[int], chunks: int) -> Tensor:
     """Windows (M, W, d) as one row for each caption, (B, chunks W, d), with zeros where a caption has no window."""
     if chunks == 1:
         return states
-    made = states.new_zeros(len(counts), chunks, *states.shape[1:])
-    made[filled(counts, chunks).to(states.device)] = states
-    return made.flatten(1, 2)
+    places = filled(counts, chunks).flatten().nonzero().flatten().to(states.device, non_blocking=True)
+    made = states.new_zeros(len(counts) * chunks, *states.shape[1:]).index_copy(0, places, states)
+    return made.view(len(counts), chunks * states.shape[1], *states.shape[2:])
 
 
 def filled(counts: Sequence[int], chunks: int) -> Tensor:

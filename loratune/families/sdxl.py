@@ -19,8 +19,9 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion with a second text encoder, and a U-Net that is told more.
 
     A condition is `text` (B, 77 N, d1 + d2), the penultimate hidden states of both encoders side by side for N
-    windows, and `pooled` (B, p), the projected last state of the second for the first window. The sizes are no part
-    of it: they are those of x_t, so what is cached for a caption holds for every size.
+    windows, and `pooled` (B, p), the projected last state of the second for the first window. `sizes` (B, 6) may be
+    added in training: a picture's own height and width, top and left of its crop, and the height and width it was
+    brought to (Podell 2023, sec. 2.2); without them they are those of x_t.
 
     Args:
         unet: the network; its `addition_embed_type` is `text_time`.
@@ -66,12 +67,12 @@ class StableDiffusionXL(StableDiffusion):
         conditions = []
         for part, (_, encoder) in self.text_parts().items():
             made = self.windows(captions, part)
-            output = encoder(made.ids.to(self.device), output_hidden_states=True)
+            output = encoder(made.ids.to(self.device, non_blocking=True), output_hidden_states=True)
             conditions.append(self.joined(output.hidden_states[-2].float(), made))
         pooled = output.text_embeds.float()
         if self.prompts.chunks > 1:
-            pooled = pooled[firsts(made.counts)]
-        empty = torch.tensor([not caption for caption in captions], device=self.device)
+            pooled = pooled[torch.tensor(firsts(made.counts)).to(pooled.device, non_blocking=True)]
+        empty = torch.tensor([not caption for caption in captions]).to(self.device, non_blocking=True)
         text = torch.cat([one["text"] for one in conditions], dim=-1)
         told = {"text": text.masked_fill(empty[:, None, None], 0), "pooled": pooled.masked_fill(empty[:, None], 0)}
         return conditions[0] | told
@@ -79,11 +80,12 @@ class StableDiffusionXL(StableDiffusion):
     def time_ids(self, x_t: Tensor) -> Tensor:
         """Original size, crop's corner and target size in pixels, each height first, (B, 6): x_t's, uncropped."""
         height, width = (side * self.vae_factor for side in x_t.shape[-2:])
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
-        return ids.expand(len(x_t), -1)
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return ids.to(x_t.device, non_blocking=True).expand(len(x_t), -1)
 
     def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
-        added = {"text_embeds": condition["pooled"].to(self.network.dtype), "time_ids": self.time_ids(x_t)}
+        sizes = condition["sizes"] if "sizes" in condition else self.time_ids(x_t)
+        added = {"text_embeds": condition["pooled"].to(self.network.dtype), "time_ids": sizes}
         return super().told(x_t, condition) | {"added_cond_kwargs": added}
 
     # Autocast would run the float32 VAE in float16 all the same, and its activations pass 65504 there.

@@ -17,14 +17,21 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loratune.diffusion.process import Prediction, alpha_bars, rescale_zero_terminal_snr
 from loratune.errors import UserError
-from loratune.families.base import Condition, Family
+from loratune.families.base import PREDICTION_TYPES, Condition, Family
 from loratune.families.prompts import Prompts, Windows, filled, join, weigh, windows
 
 TOKENIZER = Path(__file__).parent.parent / "assets" / "clip-tokenizer"
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTIONS: dict[str, Prediction] = {name: kind for kind, name in PREDICTION_TYPES.items()}
+WHENCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 log = logging.getLogger(__name__)
+
+
+def check_side(side: int, factor: int) -> None:
+    """Raise UserError for a picture's side, in pixels, that a VAE cannot halve often enough."""
+    if side % factor:
+        raise UserError(f"size {side}: the VAE needs a multiple of {factor}")
 
 
 class StableDiffusion(Family):
@@ -94,8 +101,7 @@ class StableDiffusion(Family):
 
     def start_shape(self, size: int) -> tuple[int, ...]:
         factor = self.vae_factor
-        if size % factor:
-            raise UserError(f"size {size}: the VAE needs a multiple of {factor}")
+        check_side(size, factor)
         return (self.vae.config["latent_channels"], size // factor, size // factor)
 
     def text_parts(self) -> dict[str, tuple[Any, Any]]:
@@ -127,7 +133,7 @@ class StableDiffusion(Family):
         With several windows `text_mask` (B, 77 N) is true where a caption fills one.
         """
         made = self.windows(captions)
-        states = self.text_encoder(made.ids.to(self.device)).last_hidden_state.float()
+        states = self.text_encoder(made.ids.to(self.device, non_blocking=True)).last_hidden_state.float()
         return self.joined(states, made)
 
     def joined(self, states: Tensor, made: Windows) -> Condition:
@@ -138,18 +144,12 @@ class StableDiffusion(Family):
         told = {"text": join(states, made.counts, chunks)}
         if chunks > 1:
             width = states.shape[1]
-            told["text_mask"] = filled(made.counts, chunks).repeat_interleave(width, 1).to(states.device)
+            mask = filled(made.counts, chunks).repeat_interleave(width, 1)
+            told["text_mask"] = mask.to(states.device, non_blocking=True)
         return told
 
     def text_settings(self) -> str:
-        parts = [
-            {
-                "encoder": encoder.config.to_diff_dict(),
-                "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-                "pad": tokenizer.pad_token_id,
-            }
-            for tokenizer, encoder in self.text_parts().values()
-        ]
+        parts = [_encodes(tokenizer, encoder) for tokenizer, encoder in self.text_parts().values()]
         said = {"family": type(self).__name__, "prompts": asdict(self.prompts), "parts": parts}
         return json.dumps(said, sort_keys=True, default=str)
 
@@ -174,6 +174,18 @@ class StableDiffusion(Family):
         from loratune.families.files import save_diffusers_folder
 
         save_diffusers_folder(self, folder, dtype)
+
+
+def _encodes(tokenizer: Any, encoder: Any) -> dict[str, Any]:
+    """What decides beside the weights what a text encoder makes of a caption, wherever and by whatever it was saved."""
+    config = {key: value for key, value in encoder.config.to_diff_dict().items() if key not in WHENCE}
+    whole = tokenizer.backend_tokenizer.to_str()
+    reads = whole[whole.index('"added_tokens"') :]  # before it: padding and truncation as the last call left them
+    return {
+        "encoder": config,
+        "tokenizer": hashlib.sha256(reads.encode()).hexdigest(),
+        "pad": tokenizer.pad_token_id,
+    }
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
@@ -247,7 +259,7 @@ class NewStableDiffusion(StableDiffusion):
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "num_train_timesteps": 1000,
-            "prediction_type": {kind: name for name, kind in PREDICTIONS.items()}[prediction],
+            "prediction_type": PREDICTION_TYPES[prediction],
             "rescale_betas_zero_snr": zero_terminal_snr,
             "timestep_spacing": "trailing",
             "clip_sample": False,

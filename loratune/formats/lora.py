@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -19,13 +18,14 @@ from loratune.formats.lora_keys import LayerKeys, describe_keys
 from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.formats.lora_metadata import (
     ADAPTER_METADATA,
-    carried_config,
-    config_alpha,
-    peft_alpha,
+    PADDING_KEY,
+    PEFT_NAMED,
+    padded_layers,
     standard_metadata,
+    stored_alpha,
 )
 from loratune.formats.lora_names import COMPONENTS, detect_format
-from loratune.formats.lora_write import PADDING_KEY, kohya_tensors, peft_tensors, refuse_not_finite
+from loratune.formats.lora_write import kohya_tensors, peft_tensors, refuse_not_finite
 
 __all__ = ["Format", "LoRAFile", "detect_format", "read_lora", "standard_metadata", "write_lora"]
 
@@ -35,7 +35,6 @@ Format = Literal["peft", "kohya"]
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 OURS = (ADAPTER_METADATA, PADDING_KEY, "format", *HASHES)
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (LoRALayer, LoHaLayer, LoKrLayer)}
-PEFT_NAMED = ("peft", "peft adapter", "diffusers", "old diffusers")
 
 
 @dataclass
@@ -123,7 +122,7 @@ def read_lora(path: Path | str, names: Iterable[str] = (), check_finite: bool = 
         name: _layer(path, name, keys, tensors, _Source(described.format, header.metadata))
         for name, keys in described.layers.items()
     }
-    for name in _padding(header.metadata):
+    for name in padded_layers(header.metadata):
         if name in layers and not any(bool(tensor.any()) for tensor in layers[name].tensors().values()):
             del layers[name]
     if not layers:
@@ -148,39 +147,19 @@ def _check_values(path: Path | str, key: str, tensor: Tensor, finite: bool) -> N
         raise UserError(f"{path}: {key!r} has values that are not finite; the LoRA is damaged, train it again")
 
 
-def _padding(metadata: Mapping[str, str]) -> list[str]:
-    try:
-        listed = json.loads(metadata.get(PADDING_KEY, "[]"))
-    except (ValueError, RecursionError):
-        return []
-    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-
-
 def _layer(path: Path | str, name: str, keys: LayerKeys, tensors: Mapping[str, Tensor], source: _Source) -> LowRank:
     held = {part.field: tensors[key] for part, key in keys.keys.items()}
     given = held.pop("alpha", None)
     if given is not None and given.numel() != 1:
         raise UserError(f"{path}: '{keys.raw}.alpha' has shape {tuple(given.shape)}; it must be one number")
     try:
-        alpha = float(given) if given is not None else _alpha(path, name, keys.rank or 0, source)
+        stored = stored_alpha(path, name, keys.rank or 0, source.format, source.metadata) if given is None else given
+        alpha = float(stored)
         if "magnitude" in held:
             held["magnitude"] = _magnitude(held["magnitude"], keys, source.format)
         return cast(LowRank, KINDS[keys.kind or "LoRA"](**held, alpha=alpha))
     except ValueError as error:
         raise UserError(f"{path}: {keys.raw}: {error}; the file is damaged, export it again") from None
-
-
-def _alpha(path: Path | str, name: str, rank: int, source: _Source) -> float:
-    """alpha where it is no tensor: by peft's configuration, else r."""
-    if source.format not in PEFT_NAMED or not rank:
-        return float(rank or 1)
-    carried = source.metadata.get(ADAPTER_METADATA)
-    if source.format != "peft adapter" or carried is not None:
-        return peft_alpha(name, rank, carried)
-    beside = Path(path).with_name("adapter_config.json")
-    if not beside.is_file():
-        raise UserError(f"{path}: its alpha is in {beside.name}, which is not beside it; put both into one folder")
-    return config_alpha(name.partition(".")[2], rank, carried_config(beside.read_text(), beside.name), beside.name)
 
 
 def _magnitude(m: Tensor, keys: LayerKeys, format: str) -> Tensor:

@@ -9,11 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from loratune.errors import UserError
 from loratune.formats.lora_names import COMPONENTS
 
 ADAPTER_METADATA = "lora_adapter_metadata"
+PADDING_KEY = "loratune.padding"  # layers of zeros, without which diffusers would not read the others
+PEFT_NAMED = ("peft", "peft adapter", "diffusers", "old diffusers")
 MODELSPEC_VERSION = "1.0.1"
 SGM = "https://github.com/Stability-AI/generative-models"
 
@@ -96,6 +100,40 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
     return config
 
 
+def stored_alpha(path: Path | str, name: str, rank: int, format: str, metadata: Mapping[str, str]) -> float:
+    """A layer's alpha where it is no tensor: by peft's configuration, else r.
+
+    Args:
+        path: of the file; its configuration may lie beside it.
+        name: of the layer, canonical, with component.
+        rank: r of its tensors, 0 for a layer that has none.
+        format: of the file, one of `lora_names.TABLES`.
+        metadata: of the file.
+
+    Raises:
+        UserError: the configuration should be beside the file and is not.
+        ValueError: as `peft_alpha` and `config_alpha`.
+    """
+    if format not in PEFT_NAMED or not rank:
+        return float(rank or 1)
+    carried = metadata.get(ADAPTER_METADATA)
+    if format != "peft adapter" or carried is not None:
+        return peft_alpha(name, rank, carried)
+    beside = Path(path).with_name("adapter_config.json")
+    if not beside.is_file():
+        raise UserError(f"{path}: its alpha is in {beside.name}, which is not beside it; put both into one folder")
+    return config_alpha(name.partition(".")[2], rank, carried_config(beside.read_text(), beside.name), beside.name)
+
+
+def padded_layers(metadata: Mapping[str, str]) -> list[str]:
+    """The layers that a file's metadata say were put in as zeros; they are left out where they still are."""
+    try:
+        listed = json.loads(metadata.get(PADDING_KEY, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+
 def peft_alpha(name: str, rank: int, text: str | None) -> float:
     """A layer's alpha by peft's metadata, and r where there is none; rsLoRA's alpha / sqrt(r) as alpha' / r.
 
@@ -152,10 +190,13 @@ def _means(key: str, path: str) -> bool:
     return any(f".{one}".endswith(f".{key}") for one in paths)
 
 
-def tag_frequency(folder: str, captions: Iterable[str]) -> str:
-    """sd-scripts' ss_tag_frequency: how many captions have each tag (what is between commas), as JSON."""
-    tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    return json.dumps({folder: dict(tags.most_common())})
+def tag_frequency(folders: Mapping[str, Iterable[str]]) -> str:
+    """sd-scripts' ss_tag_frequency: how many captions of a folder have each tag (what is between commas), as JSON."""
+    told = {}
+    for folder, captions in folders.items():
+        tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+        told[folder] = dict(tags.most_common())
+    return json.dumps(told)
 
 
 def standard_metadata(

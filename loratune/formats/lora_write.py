@@ -13,10 +13,9 @@ from torch import Tensor
 
 from loratune.errors import UserError
 from loratune.formats.lora_layers import LoRALayer, LowRank
-from loratune.formats.lora_metadata import ADAPTER_METADATA, Size, peft_metadata
+from loratune.formats.lora_metadata import ADAPTER_METADATA, PADDING_KEY, Size, peft_metadata
 from loratune.formats.lora_names import ALPHA, MAGNITUDE, TABLES, Part, base_kind, kohya_names
 
-PADDING_KEY = "loratune.padding"  # metadata: layers of zeros, without which diffusers would not read the others
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ATTENTION = tuple(f".self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
 Layers = Mapping[str, LowRank]

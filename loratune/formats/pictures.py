@@ -3,36 +3,79 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+MOST_PIXELS = 178_956_970
+"""A picture that claims more is not decoded: small files can claim to be hundreds of gigabytes."""
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Decode a picture to upright RGB; transparency is laid on white.
+    """Decode a picture to upright RGB; transparency is laid on white, and of an animation the first frame is taken.
+
+    Args:
+        data: a file's content, of any kind that Pillow reads: greys of 16 bits are scaled, palettes looked up, and
+            inks (CMYK) turned into light, as Adobe's programs write them (inverted) or not.
 
     Raises:
-        OSError: the bytes are no picture, or a damaged one (`PIL.UnidentifiedImageError` included).
+        OSError: the bytes are no picture, a damaged one, or one of more than MOST_PIXELS; the message is one line.
     """
     try:
-        opened = Image.open(io.BytesIO(data))
-        opened.load()
-        picture: Image.Image = ImageOps.exif_transpose(opened)
-    except (OSError, MemoryError):
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they name no file, and what matters becomes an error here
+            return _decode(data)
+    except Image.DecompressionBombError:
+        raise OSError(f"it claims to have more than {MOST_PIXELS} pixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise OSError("its content is no picture of a known kind") from None
+    except MemoryError:
+        raise OSError("it does not fit into memory") from None
+    except OSError as error:
+        raise OSError(_line(error)) from error
     except Exception as error:  # damage makes Pillow raise SyntaxError, ValueError, TypeError and its own kinds, too
-        raise OSError(f"damaged: {error}") from error
-    if picture.mode in ("I;16", "I;16B", "I"):
-        # PIL clips 16-bit greys to 255 instead of scaling them.
-        picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().astype("uint8"))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        canvas = Image.new("RGBA", picture.size, "white")
-        canvas.alpha_composite(picture)
-        picture = canvas
-    return picture.convert("RGB")
+        raise OSError(f"damaged: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(data: bytes) -> Image.Image:
+    opened = Image.open(io.BytesIO(data))
+    if opened.width * opened.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
+    opened.load()
+    picture: Image.Image = ImageOps.exif_transpose(opened)
+    if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
+        picture = ImageChops.invert(picture)  # Pillow takes every JPEG's inks for Adobe's, which are inverted
+    return _on_white(_eight_bits(picture)).convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of more bits scaled to 8, where Pillow would clip them; colours of 16 bits are 8 already."""
+    clear = picture.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture, dtype=np.float64)
+    grey = Image.fromarray((values / 257).round().clip(0, 255).astype("uint8"))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype("uint8")))
+    return grey
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in picture.info:
+        return picture
+    picture = picture.convert("RGBA")
+    canvas = Image.new("RGBA", picture.size, "white")
+    canvas.alpha_composite(picture)
+    return canvas
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:

@@ -27,7 +27,7 @@ from loratune.formats.headers import Header, header_bytes
 Range = tuple[int, int]
 """Bytes [start, stop) of a file's data section."""
 
-CHUNK = 16 << 20  # bytes copied at a time
+CHUNK = 64 << 20  # bytes copied at a time; the disk has nothing to do between two of them
 BUFFER = 4 << 20  # bytes held where the system cannot copy by itself
 BLOCK = 4096  # bytes; what file systems share is a multiple of it
 FICLONERANGE = 0x4020940D  # ioctl_ficlonerange(2)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
-from loratune.families.base import Condition, Family, repeat_condition
+from loratune.families.base import Condition, Family
 from loratune.families.files import load_family
 from loratune.training.memory import Memory, release
 from loratune.training.objectives import Objective, mask_of
-from loratune.training.randomness import generator, training_generator
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
+from loratune.training.schedules import EvaluationWeights, Schedule, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -48,11 +48,13 @@ class DiffusionModule(L.LightningModule):
         super().__init__()
         if trainable:
             memory.check_full()
+        if isinstance(base, str):
+            objective.check_named(base)
         self.base_name = base if isinstance(base, str) else type(base).__name__
         self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
         self.memory = memory
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
-        objective.check(self.family)
+        objective.prepare(self.family)
         self.family.requires_grad_(False)
         components = self.family.components()
         for name in trainable:
@@ -65,6 +67,7 @@ class DiffusionModule(L.LightningModule):
         # Checkpoints hold what is trained; the rest comes from the base again.
         self.strict_loading = False
         self._nothing: Condition | None = None
+        self._dropouts: list[SharedDropout] = []
 
     @property
     def batch_kind(self) -> str:
@@ -87,29 +90,28 @@ class DiffusionModule(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
-    def _generator(self, stage: Stage, batch_idx: int) -> torch.Generator:
+    def _generator(self, stage: Stage, batch_idx: int, rank: int = 0) -> torch.Generator:
+        """The same in every process, unless it has a number of its own: each cuts its rows from what is drawn."""
         if stage == "train":
             part = batch_idx % self.trainer.accumulate_grad_batches
-            return training_generator(self.device, self.global_step, part, self.global_rank)
-        return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, self.global_rank)
+            return training_generator(self.device, self.global_step, part, rank)
+        return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, rank)
 
     def _condition(self, batch: dict[str, Any], dropped: Tensor | None) -> Condition:
         """What the network is told; without a caption where `dropped` (B,) says so."""
         if not self.text_is_frozen or "condition" not in batch:
-            drops = [False] * len(batch["caption"]) if dropped is None else dropped.tolist()
-            captions = ["" if drop else text for text, drop in zip(batch["caption"], drops, strict=True)]
-            return self.family.encode_text(captions)
+            if dropped is None:
+                return self.family.encode_text(batch["caption"])
+            # Reading `dropped` here would make the host wait for the device.
+            told = self.family.encode_text([*batch["caption"], ""])
+            return _where(dropped, {name: value[-1:] for name, value in told.items()}, told)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
         if self._nothing is None:
             with torch.no_grad():
                 self._nothing = self.family.encode_text([""])
-        nothing = repeat_condition(self._nothing, len(dropped))
-        return {
-            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing[name].to(value), value)
-            for name, value in condition.items()
-        }
+        return _where(dropped, self._nothing, condition)
 
     def losses(
         self,
@@ -117,13 +119,21 @@ class DiffusionModule(L.LightningModule):
         t: Tensor,
         random: torch.Generator,
         objective: Objective,
+        share: Share | None = None,
     ) -> Tensor:
-        """The loss of each sample at steps t (B,): Ho 2020, algorithm 1, line 5, for any prediction type."""
-        shape = (len(t), *self.family.start(batch, None).shape[1:])
-        x_0 = self.family.start(batch, torch.randn(shape, generator=random, device=self.device))
-        noise, noise_in = objective.noise(shape, random)
-        dropped = torch.rand(len(t), generator=random, device=self.device) < objective.caption_dropout
+        """The loss of each sample at steps t (B,): Ho 2020, algorithm 1, line 5, for any prediction type.
+
+        Random numbers are drawn for all rows of which these are a share.
+        """
+        share = share or Share(0, len(t), len(t))
+        shape = (share.total, *self.family.start(batch, None).shape[1:])
+        x_0 = self.family.start(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
+        noise, noise_in = (share.cut(one) for one in objective.noise(shape, random))
+        drawn = torch.rand(share.total, generator=random, device=self.device)
+        dropped = share.cut(drawn) < objective.caption_dropout
         told = self._condition(batch, dropped if objective.caption_dropout else None)
+        if "sizes" in batch:
+            told = {**told, "sizes": batch["sizes"]}
         a, b = self.family.coefficients(t, x_0)
         output = self.family.denoise(diffuse(x_0, noise_in, a, b), t, told)
         return weighted_error(
@@ -134,8 +144,13 @@ class DiffusionModule(L.LightningModule):
             mask_of(batch, x_0),
         )
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What optimizers need that train other weights than they evaluate."""
+        return [EvaluationWeights()]
+
     def on_train_start(self) -> None:
         """Drop what is not needed any more, where the recipe says so."""
+        self._dropouts = share_dropout(self) if self.trainer.world_size > 1 else []
         if not self.memory.release:
             return
         if self.objective.caption_dropout:
@@ -144,11 +159,16 @@ class DiffusionModule(L.LightningModule):
         release(self.family)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        random = self._generator("train", batch_idx)
-        count = len(batch["name"])
-        t = self.objective.timesteps.draw(count, len(self.family.alpha_bars), random)
-        loss = self.losses(batch, t, random, self.objective).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        share = Share.of(batch)
+        random = self._generator("train", batch_idx, 0 if "share" in batch else self.global_rank)
+        for part in self._dropouts:
+            part.share = share
+        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.alpha_bars), random))
+        losses = self.losses(batch, t, random, self.objective, share)
+        loss = (losses * batch["loss_weight"]).mean() if "loss_weight" in batch else losses.mean()
+        if share.count != share.total:
+            loss = loss * share.weight(self.trainer.world_size)
+        self.log("train/loss", loss, prog_bar=True, batch_size=share.count, sync_dist=self.trainer.world_size > 1)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -172,3 +192,12 @@ class DiffusionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.schedule)
+
+
+def _where(dropped: Tensor, nothing: Condition, condition: Condition) -> Condition:
+    """A condition of batch 1 where `dropped` (B,) is true, and the first B of another where it is not."""
+    count = len(dropped)
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing[name].to(value), value[:count])
+        for name, value in condition.items()
+    }

@@ -10,6 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from loratune.errors import UserError
+from loratune.training.schedules import evaluated, switching
+
 
 class EMA(L.Callback):
     """Average the trained weights over steps; validation, samples and exports use the average.
@@ -29,6 +32,8 @@ class EMA(L.Callback):
         self._applied = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if switching(trainer):
+            raise UserError("EMA: the optimizer averages the weights itself; take the EMA out of trainer.callbacks")
         trained = _trained(pl_module)
         if not self.average:
             self.average = {name: value.detach().clone() for name, value in trained.items()}
@@ -77,10 +82,11 @@ class EMA(L.Callback):
 
 @contextmanager
 def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """The module with its averaged weights, where the run keeps an average."""
+    """The module with its averaged weights, where the run or its optimizer keeps an average."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
     if not found:
-        yield
+        with evaluated(trainer):
+            yield
         return
     with found[0].applied(pl_module):
         yield

@@ -13,6 +13,7 @@ import torch
 from loratune import __version__
 from loratune.adapters.tokens import Embedding, write_embedding
 from loratune.errors import UserError
+from loratune.families.base import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.files import base_hash, configs_of, lora_metadata, save_diffusers_folder
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.formats.lora import LoRAFile, write_lora
@@ -36,6 +37,12 @@ MODULES: dict[str, tuple[str, dict[str, str] | None]] = {
     "lokr": ("lycoris.kohya", {"algo": "lokr"}),
 }
 PREDICTIONS = {"eps": "epsilon"}
+
+
+def check_format(format: str, kind: str | None) -> None:
+    """Raise UserError where a format cannot hold a kind of adapter."""
+    if format == "peft" and kind in ("loha", "lokr"):
+        raise UserError(f"export.format: peft cannot hold {kind}; set export.format: kohya")
 
 
 class Export(L.Callback):
@@ -63,8 +70,8 @@ class Export(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what could not be written, before anything is trained."""
-        if isinstance(pl_module, LoRAModule) and self.format == "peft" and pl_module.lora.kind in ("loha", "lokr"):
-            raise UserError(f"export.format: peft cannot hold {pl_module.lora.kind}; set export.format: kohya")
+        if isinstance(pl_module, LoRAModule):
+            check_format(self.format, pl_module.lora.kind)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -112,7 +119,19 @@ class Export(L.Callback):
             "loratune.steps": str(trainer.global_step),
             "loratune.targets": module.lora.targets,
             RECIPE_KEY: self.recipe,
+            **_drawing(module),
         }
+
+
+def _drawing(module: LoRAModule) -> dict[str, str]:
+    """What has to be known to draw where it is not what the base says; `loratune sample` follows it.
+
+    ss_ is sd-scripts' key, for people.
+    """
+    objective = module.objective
+    told = {} if objective.prediction is None else {PREDICTION_KEY: objective.prediction}
+    ends = {ZERO_SNR_KEY: "true", "ss_zero_terminal_snr": "True"}
+    return told | (ends if objective.zero_terminal_snr else {})
 
 
 def _standard(trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:
@@ -143,5 +162,7 @@ def _data(trainer: L.Trainer) -> Any:
 def _tags(trainer: L.Trainer) -> str | None:
     """The tags of the training's captions, if its data have captions."""
     data = _data(trainer)
-    captions = [entry.caption for entry in getattr(getattr(data, "training", None), "entries", ())]
-    return tag_frequency(Path(data.path).name, captions) if captions else None
+    captions: dict[str, list[str]] = {}
+    for entry in getattr(getattr(data, "training", None), "entries", ()):
+        captions.setdefault(Path(data.sources[entry.source].path).name, []).append(entry.caption)
+    return tag_frequency(captions) if captions else None

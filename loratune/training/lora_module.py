@@ -51,6 +51,8 @@ class LoRAModule(DiffusionModule):
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         memory.check_adapter(lora.kind, lora.init, lora.text_encoder or tokens is not None)
+        if lora.start_from and not lora.start_from.is_file():
+            raise ValueError(f"lora.start_from {lora.start_from}: no such file; give a LoRA, or leave it out")
         if tokens is not None:
             check_new(tokens, CLIPTokenizer.from_pretrained(TOKENIZER))  # before any weight is read
         elif lora.targets == "none" and not lora.text_encoder:
@@ -98,7 +100,7 @@ class LoRAModule(DiffusionModule):
     def on_fit_start(self) -> None:
         """Refuse data in which the new token never occurs: it would be trained on nothing."""
         entries = getattr(getattr(getattr(self.trainer, "datamodule", None), "training", None), "entries", None)
-        captions = [str(getattr(entry, "captions", "") or entry.caption) for entry in entries or ()]
+        captions = [" ".join(entry.captions) for entry in entries or ()]
         if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
             told = f"{self.tokens.token!r} is in none of {len(captions)} captions"
             raise UserError(f"tokens.token: {told}; write it there, or set data.prefix")

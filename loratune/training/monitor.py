@@ -32,7 +32,7 @@ class Monitor(L.Callback):
         """The last checkpoint is of the last step, also where the run's length is no multiple of its interval."""
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and checkpoint.save_last:
-            trainer.save_checkpoint(Path(checkpoint.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(checkpoint.dirpath) / "last.ckpt", weights_only=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]

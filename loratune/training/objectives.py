@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from loratune.diffusion.noise import draw_pyramid, offset_noise, perturb
 from loratune.diffusion.objective import check_objective, debiased_weight, huber_c, min_snr_weight
-from loratune.diffusion.process import snr
+from loratune.diffusion.process import Prediction, snr
 from loratune.diffusion.timesteps import logit_normal, shifted, to_steps
 from loratune.families.base import Family
+from loratune.families.stable_diffusion import PREDICTIONS
+from loratune.formats.bases import configs_of_file, find_base
 
 
 def _in(key: str, value: float, least: float, most: float, hint: str = "") -> None:
@@ -43,8 +46,9 @@ class Timesteps:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"timesteps: start is {self.start}, stop {self.stop}; give 0 <= start < stop <= 1")
-        if self.shift <= 0 or self.std <= 0:
-            raise ValueError(f"timesteps: shift is {self.shift}, std {self.std}; give numbers above 0")
+        if not (0 < self.shift < math.inf and 0 < self.std < math.inf and math.isfinite(self.mean)):
+            told = f"shift is {self.shift}, std {self.std}, mean {self.mean}"
+            raise ValueError(f"timesteps: {told}; give numbers, shift and std above 0")
         if self.density == "uniform" and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError("timesteps: mean and std say nothing of density 'uniform'; set density to logit-normal")
 
@@ -73,6 +77,10 @@ class Objective:
         input_perturbation: extra noise that the target does not know of, usually 0.1 (Ning 2023).
         caption_dropout: share of captions replaced by nothing, which guidance needs, in [0, 1].
         timesteps: how often each step is trained.
+        prediction: what the network is taught to predict: eps, v or x0; none keeps what the base predicts. Whoever
+            draws with the result must be told, as loratune sample is by the file.
+        zero_terminal_snr: rescale the base's schedule so that its last step is pure noise (Lin 2024), which needs
+            prediction v or x0; every weight is then of the rescaled schedule. Drawing must know of it likewise.
     """
 
     min_snr_gamma: float | None = None
@@ -84,6 +92,8 @@ class Objective:
     input_perturbation: float = 0.0
     caption_dropout: float = 0.0
     timesteps: Timesteps = field(default_factory=Timesteps)
+    prediction: Literal["eps", "v", "x0"] | None = None
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         _in("caption_dropout", self.caption_dropout, 0, 1, " (a share)")
@@ -91,7 +101,7 @@ class Objective:
         _in("input_perturbation", self.input_perturbation, 0, 1)
         if not 0 <= self.pyramid_noise < 1:
             raise ValueError(f"pyramid_noise is {self.pyramid_noise}; give a discount of 0 or more and below 1")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < math.inf:
             raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; give a number above 0, or null")
         if self.huber is not None and not 0 < self.huber < 1:
             raise ValueError(f"huber is {self.huber}; give a number between 0 and 1, or null for the squared error")
@@ -99,15 +109,34 @@ class Objective:
             raise ValueError(f"huber_schedule is {self.huber_schedule!r}, but huber is null; set huber, usually 0.1")
         if self.debiased and self.min_snr_gamma is not None:
             raise ValueError("debiased and min_snr_gamma both weigh by the SNR; keep one")
+        if self.prediction is not None:
+            self._check(self.prediction, self.zero_terminal_snr)
 
-    def check(self, family: Family) -> None:
-        """Raise ValueError where the loss makes no sense for a family."""
-        zero = float(family.alpha_bars[-1]) == 0
-        check_objective(family.prediction, zero, self.min_snr_gamma)
+    def _check(self, prediction: Prediction, zero: bool) -> None:
+        check_objective(prediction, zero, self.min_snr_gamma)
         if self.debiased:
-            debiased_weight(torch.ones(1), family.prediction)
-        if family.prediction == "flow" and self.huber_schedule == "snr":
+            debiased_weight(torch.ones(1), prediction)
+        if prediction == "flow" and self.huber_schedule == "snr":
             raise ValueError("huber_schedule 'snr' makes no sense with prediction 'flow'; use exponential or constant")
+
+    def check_named(self, base: str) -> None:
+        """Raise ValueError where the loss makes no sense for a base in a folder, of which no weight is read."""
+        if (path := find_base(base)).is_dir():
+            scheduler = configs_of_file(path)["scheduler"]
+            kind = self.prediction or PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"), "eps")
+            self._check(kind, self.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")))
+
+    def prepare(self, family: Family) -> None:
+        """Give a family the prediction and the schedule of this objective.
+
+        Raises:
+            ValueError: the loss makes no sense for it.
+        """
+        self._check(self.prediction or family.prediction, self.zero_terminal_snr or float(family.alpha_bars[-1]) == 0)
+        if self.prediction:
+            family.predict(self.prediction)
+        if self.zero_terminal_snr:
+            family.end_in_noise()
 
     def noise(self, shape: tuple[int, ...], random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The noise that the target knows, and the noise in x_t; both of `shape`."""

@@ -99,15 +99,15 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
             group["fused"] = True
 
 
-def _switching(trainer: L.Trainer) -> list[Any]:
+def switching(trainer: L.Trainer) -> list[Any]:
     """Optimizers that train other weights than they evaluate, and say so by `train` and `eval` (Defazio 2024)."""
-    return [one for one in trainer.optimizers if hasattr(one, "train") and hasattr(one, "eval")]
+    return [one for one in getattr(trainer, "optimizers", []) if hasattr(one, "train") and hasattr(one, "eval")]
 
 
 @contextmanager
 def evaluated(trainer: L.Trainer) -> Iterator[None]:
     """Within it the weights are those that the optimizer evaluates; after it they are to the bit what they were."""
-    held = [one for one in _switching(trainer) if any(group.get("train_mode") for group in one.param_groups)]
+    held = [one for one in switching(trainer) if any(group.get("train_mode") for group in one.param_groups)]
     trained = [p for one in held for group in one.param_groups for p in group["params"]]
     kept = [p.detach().clone() for p in trained]
     for one in held:
@@ -129,7 +129,7 @@ class EvaluationWeights(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for one in _switching(trainer):
+        for one in switching(trainer):
             one.train()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

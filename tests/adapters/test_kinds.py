@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from loratune.adapters.lora import LoRA, adapted_layers, at_start, collect, factors, inject, parameter_groups, put
 from loratune.errors import UserError
+from loratune.formats.lora import LoRAFile, write_lora
 from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer
+from loratune.training.lora_module import LoRAModule
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -99,6 +101,53 @@ def test_what_is_taken_from_w_0_is_taken_from_matrices(init: str) -> None:
         made({"init": init})
 
 
+def linear(init: str, rank: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_0, what is left of it in the layer, A and B."""
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(300, 40))
+    whole = holder[0].weight.detach().clone()
+    inject(holder, LoRA(rank=rank, targets=".*", init=init), ".*")  # type: ignore[arg-type]
+    held: Any = holder[0]
+    own = factors(held)
+    return whole, held.base_layer.weight.detach(), own["down"].detach(), own["up"].detach()
+
+
+def test_gaussian_draws_a_from_a_normal_of_deviation_one_over_the_rank() -> None:
+    drawn, uniform = (linear(init)[2] for init in ("gaussian", "kaiming"))
+    assert float(drawn.std()) == pytest.approx(1 / 4, rel=0.1)
+    kurtosis = [float((one**4).mean() / (one**2).mean() ** 2) for one in (drawn, uniform)]
+    assert kurtosis[0] == pytest.approx(3.0, abs=0.6)
+    assert kurtosis[1] == pytest.approx(1.8, abs=0.2)
+
+
+def test_pissa_takes_the_leading_singular_triplets() -> None:
+    whole, left, a, b = linear("pissa")
+    singular = torch.linalg.svdvals(whole)
+    torch.testing.assert_close(torch.linalg.svdvals(b @ a)[:4], singular[:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.linalg.svdvals(left)[:36], singular[4:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a @ a.T, torch.diag(singular[:4]), rtol=1e-3, atol=1e-4)  # each takes the root
+
+
+def test_olora_takes_the_leading_part_of_qr() -> None:
+    whole, left, a, b = linear("olora")
+    torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(left, whole - b @ a, rtol=1e-4, atol=1e-5)
+    q, r = torch.linalg.qr(whole)
+    torch.testing.assert_close(b @ a, q[:, :4] @ r[:4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_dropout_is_for_training_alone(kind: str) -> None:
+    pair, _, _ = made({"kind": kind, "dropout": 0.5})
+    with torch.no_grad():
+        for layer in adapted_layers(pair).values():
+            for value in factors(layer).values():
+                value.add_(0.1 * torch.randn_like(value))
+    assert torch.equal(outputs(pair)[0], outputs(pair)[0])
+    pair.train()
+    assert len({float(outputs(pair)[0].sum()) for _ in range(5)}) > 1
+
+
 def test_rslora_divides_by_the_root_of_the_rank() -> None:
     layer = collect({"unet": made({"rslora": True})[0]})["unet.linear"]
     assert layer.scale == pytest.approx(6.0 / 4**0.5)
@@ -126,6 +175,26 @@ def test_training_goes_on_from_a_file(name: str) -> None:
     for computed, wanted in zip(outputs(second), outputs(first), strict=True):
         torch.testing.assert_close(computed, wanted)
     assert collect({"unet": second}) == collect({"unet": first})
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("lora", "peft"), ("lora", "kohya"), ("dora", "kohya"), ("loha", "kohya"), ("lokr", "kohya")]
+)
+def test_a_run_goes_on_from_a_file_of_any_format(tiny_base: Path, tmp_path: Path, kind: Any, format: Any) -> None:
+    set_to: Any = {"kind": kind, "rank": 4, "text_encoder": True}
+    first = LoRAModule(str(tiny_base), LoRA(**set_to))
+    with torch.no_grad():
+        for layer in adapted_layers(first.family).values():
+            for value in factors(layer).values():
+                value.add_(torch.randn_like(value))
+    path = tmp_path / "before.safetensors"
+    write_lora(path, LoRAFile(first.layers()), format)
+    second = LoRAModule(str(tiny_base), LoRA(**set_to, start_from=path))
+    assert second.layers().keys() == first.layers().keys()
+    for name, layer in second.layers().items():
+        for part, value in layer.tensors().items():
+            torch.testing.assert_close(value, first.layers()[name].tensors()[part])
+        assert layer.scale == pytest.approx(first.layers()[name].scale)
 
 
 def test_what_does_not_fit_a_file_is_told() -> None:

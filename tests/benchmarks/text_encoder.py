@@ -21,6 +21,8 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+# Of so short runs the average of the recipe's 500 last steps would still be half of what they began with.
+EMA = '[{"class_path": "EMA", "init_args": {"decay": 0.98}}]'
 ROOT = Path(__file__).parent.parent.parent
 VAE = ROOT / "loratune" / "assets" / "emoji-64" / "vae"
 DATA = "datasets/base-64.parquet"
@@ -71,7 +73,7 @@ def main() -> None:
         ways = {"joint": [], "contrastive": [*start, "--model.init_args.trainable", "[unet]"], "both": start}
         for way, words in ways.items():
             out = folder / way
-            vae = ["--model.init_args.base.init_args.vae", str(VAE)]
+            vae = ["--model.init_args.base.init_args.vae", str(VAE), "--trainer.callbacks", EMA]
             seconds = fit("latent-diffusion", out, options.steps, options.batch, *vae, *words)
             base, json_file = next(out.glob("base-*")), out / "nearest.json"
             loratune(

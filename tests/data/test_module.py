@@ -12,18 +12,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from loratune.adapters.lora import LoRA
-from loratune.data.module import CaptionedImages, EpochOrder, batches_consumed, collate
+from loratune.data.module import CaptionedImages, collate
 from loratune.errors import UserError
 from loratune.formats.pictures import normalise, open_picture, square, to_tensor
 from loratune.training.lora_module import LoRAModule
 
-QUICK = settings(max_examples=150, deadline=None)
 SIZE = 16
 
 
@@ -74,6 +71,8 @@ def make(module: LoRAModule, pictures: Path, tmp_path: Path) -> Callable[..., Ca
             lightning_module=stand_in,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             is_global_zero=True,
+            global_rank=0,
+            world_size=1,
             global_step=0,
             accumulate_grad_batches=1,
         )
@@ -182,55 +181,6 @@ def test_the_order_goes_on_where_the_trainer_stands(make: Callable[..., Captione
     for step, batches in ((0, whole[:3]), (1, whole[2:3]), (2, whole[3:6]), (3, whole[5:6])):
         data.trainer.global_step = step
         assert [tuple(batch["name"]) for batch in data.train_dataloader()] == batches
-
-
-counts = st.integers(1, 60)
-sizes = st.integers(1, 9)
-
-
-@QUICK
-@given(counts, st.integers(0, 2**32 - 1), sizes)
-def test_every_epoch_is_a_permutation(count: int, seed: int, batch_size: int) -> None:
-    batches = -(-count // batch_size)
-    epochs = [list(EpochOrder(count, seed, lambda _, e=e: e * batches, batch_size)) for e in range(4)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert epochs[0] == list(EpochOrder(count, seed))
-    if count >= 12:  # two of 12! orders alike: less than 1e-7
-        assert len({tuple(epoch) for epoch in epochs}) == 4
-        assert epochs[0] != list(EpochOrder(count, seed + 1))
-    assert len(EpochOrder(count, seed)) == count
-
-
-@QUICK
-@given(counts, st.integers(0, 1000), sizes, st.data())
-def test_a_resumed_order_is_the_rest_of_the_whole_one(count: int, seed: int, size: int, data: st.DataObject) -> None:
-    batches = -(-count // size)
-    whole = [list(EpochOrder(count, seed, lambda _, e=e: e * batches, size)) for e in range(4)]
-    consumed = data.draw(st.integers(0, 4 * batches - 1))
-    asked: list[int] = []
-
-    def stand(number: int) -> int:
-        asked.append(number)
-        return consumed
-
-    order = EpochOrder(count, seed, stand, size)
-    assert asked == []  # only when it is gone through
-    epoch, done = divmod(consumed, batches)
-    assert list(order) == whole[epoch][done * size :]
-    assert asked == [batches]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 3, 4])
-def test_batches_consumed_is_what_lightning_did(accumulate: int) -> None:
-    for batches in range(1, 10):
-        step = done = 0
-        assert batches_consumed(0, batches, accumulate) == 0
-        for _ in range(4):
-            for number in range(1, batches + 1):
-                done += 1
-                if number % accumulate == 0 or number == batches:  # Lightning steps at the end of an epoch too
-                    step += 1
-                    assert batches_consumed(step, batches, accumulate) == done
 
 
 # What is wrong.

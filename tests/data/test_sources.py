@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_missing_parquet_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.parquet: no such file.*datasets/build\.py"):
         read_source(str(tmp_path / "x.parquet"))
     for path in (str(tmp_path / "nothing"), "nothing", "a/b/c", "data/x.zip", str(put(tmp_path / "x.png", png()))):
-        with pytest.raises(UserError, match=r"no such folder, \.parquet file or hub dataset"):
+        with pytest.raises(UserError, match=r"no such folder, \.jsonl, \.csv, \.parquet or \.tar file or hub dataset"):
             read_source(path)
 
 
@@ -273,3 +274,86 @@ def test_a_hub_dataset_has_columns_as_parquet_has(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hf, "load_dataset", load)
     assert [(one.data, one.caption) for one in read_source("owner/name")] == [(png(1), "p")]
     assert asked == [("owner/name", "train")]
+
+
+def tar(path: Path, members: dict[str, bytes | str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            told = tarfile.TarInfo(name)
+            told.size = len(data)
+            file.addfile(told, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_webdataset_has_captions_beside_its_pictures(tmp_path: Path) -> None:
+    members = {"a/1.txt": " one ", "a/1.png": png(1), "2.JPG": png(2), "2.json": '{"caption": "two"}', "3.webp": png(3)}
+    path = tar(tmp_path / "set" / "0.tar", members | {"notes.md": "no picture"})
+    source = read_source(path)
+    assert [(one.name, one.data, one.caption) for one in source] == [
+        (f"{path}, a/1.png", png(1), "one"),
+        (f"{path}, 2.JPG", png(2), "two"),
+        (f"{path}, 3.webp", png(3), None),
+    ]
+    assert source.without_caption() == [f"{path}, 3.webp"]
+    tar(tmp_path / "set" / "1.tar", {"4.png": png(4), "4.json": '{"tags": ["x", "y"], "text": "four"}'})
+    both = read_source(str(tmp_path / "set"))
+    assert len(both) == 4
+    assert both[3].caption == "four"
+    assert read_source(str(tmp_path / "set"), caption_column="tags")[3].captions == ("x", "y")
+
+
+def test_names_in_a_tar_are_never_paths(tmp_path: Path) -> None:
+    outside = put(tmp_path / "secret.png", png(9))
+    path = tar(tmp_path / "set.tar", {"../secret.txt": "a caption", "../secret.png": png(1)})
+    assert read_source(path)[0].data == png(1)
+    with tarfile.open(path, "a") as file:
+        link = tarfile.TarInfo("linked.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+        file.addfile(link)
+    assert len(read_source(path)) == 1
+
+
+@pytest.mark.parametrize("content", [b"no tar at all", b""])
+def test_a_damaged_tar_is_named(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UserError, match=r"x\.tar: (not a tar file|no picture in this tar file)"):
+        read_source(str(put(tmp_path / "x.tar", content)))
+
+
+def test_a_caption_of_a_tar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tar(tmp_path / "x.tar", {"1.png": png(), "1.json": "{", "2.png": png(), "2.txt": b"\xff"})
+    for row, member in ((0, r"1\.png\.json"), (1, r"2\.png\.txt")):
+        with pytest.raises(UserError, match=rf"x\.tar, {member}: not a caption that can be read"):
+            read_source(path)[row]
+
+
+def test_a_column_may_hold_several_captions(tmp_path: Path) -> None:
+    path = table(tmp_path / "x.parquet", {"image": images(1, 2, 3), "text": [["a", " b "], [], ["c"]]})
+    source = read_source(path)
+    assert [one.captions for one in source] == [("a", "b"), (), ("c",)]
+    assert len(source.without_caption()) == 1
+    put(tmp_path / "set" / "1.png", png())
+    put(tmp_path / "set" / "metadata.jsonl", '{"file_name": "1.png", "text": ["x", "y"]}')
+    assert read_source(str(tmp_path / "set"))[0].captions == ("x", "y")
+
+
+def test_a_metadata_file_may_be_named_itself(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png"):
+        put(tmp_path / name, png())
+    path = put(tmp_path / "short.jsonl", '{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "text": "b"}\n')
+    put(tmp_path / "metadata.csv", "file_name,text\n1.png,long\n2.png,longer\n")
+    assert [one.caption for one in read_source(str(path))] == ["a", "b"]
+    assert [one.caption for one in read_source(str(tmp_path / "metadata.csv"))] == ["long", "longer"]
+
+
+def test_a_dataset_saved_on_disk(tmp_path: Path) -> None:
+    made = hf.Dataset.from_dict({"image": images(1, 2), "caption": ["a", "b"]}).cast_column("image", hf.Image())
+    made.save_to_disk(str(tmp_path / "saved"))
+    assert found(read_source(str(tmp_path / "saved"))) == [
+        (f"{tmp_path.name}/saved, row 0".rpartition("/")[2], png(1), "a"),
+        (f"{tmp_path.name}/saved, row 1".rpartition("/")[2], png(2), "b"),
+    ]
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="saved: cannot be read as a saved dataset"):
+        read_source(str(tmp_path / "saved"))

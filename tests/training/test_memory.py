@@ -17,6 +17,8 @@ from loratune.adapters.lora import LoRA
 from loratune.cli import main
 from loratune.errors import UserError
 from loratune.families.files import load_family
+from loratune.families.pixels import PixelDDPM
+from loratune.families.prompts import Prompts
 from loratune.recipe import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
@@ -140,6 +142,26 @@ def test_checkpointing_of_a_trained_text_encoder(tiny_base: Path) -> None:
     assert any("text_encoder" in name and value.abs().max() > 0 for name, value in gradients(module).items())
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_plain_attention_answers_as_the_fused_kernel(tiny_base: Path, chunks: int) -> None:
+    found = []
+    for attention in ("sdpa", "plain"):
+        torch.manual_seed(0)
+        memory = Memory(attention=attention)  # type: ignore[arg-type]
+        module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=memory, prompts=Prompts(chunks=chunks))
+        names = {type(one).__name__ for one in module.family.network.attn_processors.values()}
+        assert names == {"PlainAttention" if attention == "plain" else "AttnProcessor2_0"}
+        found.append(gradients(module))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
+def test_plain_attention_is_refused_where_layers_do_more() -> None:
+    family = PixelDDPM(size=16, channels=(16, 16), attention_from=1)
+    with pytest.raises(ValueError, match=r"memory.attention is plain: only for Stable Diffusion"):
+        DiffusionModule(family, memory=Memory(attention="plain"))
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_channels_last(tiny_base: Path, last: bool) -> None:
     module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(channels_last=last))
@@ -233,7 +255,7 @@ def test_combinations_that_make_no_sense_are_refused(
     recipe: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [f"--model.{word}" if number % 2 == 0 else word for number, word in enumerate(words)]
-    assert main(["fit", "-c", str(recipe), *given, "--model.base", "nowhere"]) == 2
+    assert main(["fit", "-c", str(recipe), *given, "--export.format", "kohya", "--model.base", "nowhere"]) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -252,3 +274,14 @@ def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: Memory) -> N
 def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
     module = DiffusionModule(str(tiny_base), memory=Memory(checkpointing=True))
     assert module.family.network.is_gradient_checkpointing
+
+
+def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent.parent / "recipes" / "sdxl-qlora.yaml"
+    words = ["--model.base", str(tiny_base), "--data.path", str(pictures), "--data.size", "16"]
+    words += ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator"]
+    cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache", str(tmp_path / "cache")])
+    assert cli.trainer.global_step == 2
+    assert type(cli.trainer.optimizers[0]).__name__ == "AdamW8bit"
+    assert any(isinstance(part, Linear4bit) for part in cli.model.family.network.modules())
+    assert (tmp_path / "run" / "lora.safetensors").is_file()

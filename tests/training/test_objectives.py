@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from loratune.diffusion import process
+from loratune.families.base import PREDICTION_KEY, ZERO_SNR_KEY
+from loratune.families.files import load_family
 from loratune.families.pixels import PixelDDPM
+from loratune.families.sampling import make_sampler
+from loratune.formats.lora import LoRAFile, write_lora
+from loratune.formats.lora_layers import LoRALayer
 from loratune.training.diffusion_module import DiffusionModule
-from loratune.training.objectives import Objective, Timesteps
+from loratune.training.export import _drawing
+from loratune.training.lora_module import LoRAModule
+from loratune.training.objectives import Objective, Timesteps, mask_of
 from loratune.training.randomness import generator
+from loratune.verbs import load_with
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +123,126 @@ def test_timesteps_follow_their_density() -> None:
         (lambda: Timesteps(start=0.5, stop=0.5), "start is 0.5, stop 0.5"),
         (lambda: Timesteps(shift=0.0), "shift is 0.0"),
         (lambda: Timesteps(mean=1.0), "set density to logit-normal"),
+        (lambda: Timesteps(shift=float("nan")), "shift is nan"),
+        (lambda: Timesteps("logit-normal", mean=float("inf")), "mean inf; give numbers"),
+        (lambda: Timesteps("logit-normal", std=float("inf")), "std inf"),
+        (lambda: Objective(min_snr_gamma=float("nan")), "min_snr_gamma is nan"),
+        (lambda: Objective(huber=float("nan")), "huber is nan"),
+        (lambda: Objective(pyramid_noise=float("nan")), "pyramid_noise is nan"),
+        (lambda: Objective(offset_noise=float("nan")), "offset_noise is nan"),
+        (lambda: Objective(prediction="eps", zero_terminal_snr=True), "prediction 'eps' learns nothing where zero"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         make()
+
+
+# The base's prediction and its schedule.
+
+
+def pixels(prediction: Any = "v") -> PixelDDPM:
+    return PixelDDPM(size=16, channels=(16, 16), attention_from=1, prediction=prediction)
+
+
+def test_zero_terminal_snr_rescales_the_schedule_for_the_loss_and_for_drawing() -> None:
+    plain, module = pixels(), DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True))
+    bars = module.family.alpha_bars
+    betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
+    torch.testing.assert_close(bars, process.alpha_bars(betas).to(bars), rtol=1e-9, atol=1e-12)
+    assert bars[-1] == 0 < plain.alpha_bars[-1]
+    sampler = make_sampler("ddim", module.family.scheduler_config)
+    torch.testing.assert_close(sampler.alphas_cumprod, bars.float(), rtol=1e-5, atol=1e-6)
+    sampler.set_timesteps(10)
+    assert sampler.timesteps[0] == 999
+    again = DiffusionModule(module.family, objective=Objective(zero_terminal_snr=True))
+    assert torch.equal(again.family.alpha_bars, bars)  # a schedule that ends in noise is left as it is
+
+
+@pytest.mark.parametrize("set_to", [{"min_snr_gamma": 5.0}, {"debiased": True}])
+def test_weights_are_of_the_rescaled_schedule(set_to: dict[str, Any]) -> None:
+    module = DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True, **set_to))
+    weighed = losses(module, module.objective)
+    plain = losses(module, Objective())
+    t = torch.tensor([0, 100, 300, 500, 800, 999])
+    betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
+    bars = process.alpha_bars(betas)[t]
+    snr = bars / (1 - bars)
+    wanted = (snr.sqrt() if "debiased" in set_to else snr.clamp(max=5.0)) / (snr + 1)
+    torch.testing.assert_close((weighed / plain).double(), wanted, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(weighed, losses(DiffusionModule(pixels()), module.objective))
+
+
+def test_another_prediction_is_the_targets_and_the_samplers() -> None:
+    torch.manual_seed(0)
+    module = DiffusionModule(pixels("eps"), objective=Objective(prediction="v"))
+    torch.manual_seed(0)
+    same, kept = DiffusionModule(pixels("v")), DiffusionModule(pixels("eps"))
+    same.family.load_state_dict(module.family.state_dict())
+    kept.family.load_state_dict(module.family.state_dict())
+    assert torch.equal(losses(module, Objective()), losses(same, Objective()))
+    assert not torch.allclose(losses(module, Objective()), losses(kept, Objective()))
+    assert make_sampler("ddim", module.family.scheduler_config).config.prediction_type == "v_prediction"
+
+
+def test_a_schedule_that_ends_in_noise_is_refused_for_eps() -> None:
+    with pytest.raises(ValueError, match="prediction 'eps' learns nothing where zero_terminal_snr"):
+        DiffusionModule(pixels("eps"), objective=Objective(zero_terminal_snr=True))
+    DiffusionModule(pixels("eps"), objective=Objective(zero_terminal_snr=True, prediction="v"))
+
+
+def test_what_makes_no_sense_for_a_base_is_refused_before_a_weight_is_read(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loratune.training.diffusion_module as read
+
+    monkeypatch.setattr(read, "load_family", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(ValueError, match="prediction 'eps' learns nothing"):
+        LoRAModule(str(tiny_base), objective=Objective(prediction="eps"))  # its schedule ends in noise
+
+
+def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_path: Path) -> None:
+    base = load_family(str(tiny_sdxl))
+    assert base.prediction == "eps"
+    module = LoRAModule(base, objective=Objective(prediction="v", zero_terminal_snr=True))
+    told = _drawing(module)
+    assert told == {PREDICTION_KEY: "v", ZERO_SNR_KEY: "true", "ss_zero_terminal_snr": "True"}
+    name = next(iter(module.layers()))
+    layer = module.layers()[name]
+    assert isinstance(layer, LoRALayer)
+    write_lora(tmp_path / "x.safetensors", LoRAFile({name: layer}, told))
+    drawn = load_with(str(tiny_sdxl), [str(tmp_path / "x.safetensors")], "cpu")
+    assert drawn.prediction == "v"
+    assert torch.equal(drawn.alpha_bars, module.family.alpha_bars)
+    assert drawn.scheduler_config == module.family.scheduler_config
+    module.objective = Objective()
+    assert _drawing(module) == {}
+
+
+# What a step does with it.
+
+
+def test_training_draws_its_steps_from_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = DiffusionModule(pixels(), objective=Objective(timesteps=Timesteps(start=0.9)))
+    drawn: list[Tensor] = []
+
+    def kept(batch: Any, t: Tensor, *_: Any) -> Tensor:
+        drawn.append(t)
+        return torch.zeros(len(t))
+
+    monkeypatch.setattr(module, "losses", kept)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_generator", lambda *_: generator("cpu", 0))
+    module._trainer = SimpleNamespace(global_rank=0, world_size=1)
+    module.training_step({"name": ["x"] * 200}, 0)
+    assert drawn[0].min() >= 900
+    assert len(drawn[0].unique()) > 50
+
+
+def test_a_mask_is_brought_to_the_latents_size() -> None:
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :8, :12] = 1
+    made = mask_of({"mask": mask}, torch.zeros(1, 4, 4, 4))
+    assert made is not None
+    assert made[0, 0].tolist() == [[1.0, 0.5, 0.0, 0.0]] + [[0.0] * 4] * 3
+    assert mask_of({}, torch.zeros(1, 4, 4, 4)) is None

@@ -1,0 +1,119 @@
+"""Pictures as other pictures of the same thing: mirrored, cut elsewhere, in other colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from PIL import Image, ImageEnhance, ImageOps
+
+from loratune.data.buckets import Size
+from loratune.data.entries import MIDDLE, View
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ORIENTATION = 0x0112
+_COLOURS: dict[str, Callable[[Image.Image], Any]] = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training pictures vary; those of validation never do.
+
+    Mirroring and cutting are done to the picture, and each variant is encoded once and cached: what a VAE makes of a
+    mirrored picture is not its latents mirrored. Colours are continuous, so they need data.on_the_fly.
+
+    Args:
+        flip: how often a picture is mirrored left to right, 0 to 1; not for text, nor for what has a side.
+        crops: from how many places, evenly along what does not fit into the bucket, a picture may be cut; 1 is the
+            middle.
+        brightness: its factor is drawn from 1 - b to 1 + b; needs data.on_the_fly.
+        contrast: likewise.
+        saturation: likewise.
+    """
+
+    flip: float = 0.0
+    crops: int = 1
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("flip", *_COLOURS):
+            if not 0 <= (value := getattr(self, key)) <= 1:
+                raise ValueError(f"augment.{key} is {value}; give 0 to 1")
+        if not 1 <= self.crops <= 16:
+            raise ValueError(f"augment.crops is {self.crops}; give 1 to 16")
+
+    @property
+    def colours(self) -> dict[str, float]:
+        """What colour changes there are, and how far they go."""
+        return {key: value for key in _COLOURS if (value := getattr(self, key))}
+
+    def views(self, size: Size, bucket: Size) -> list[View]:
+        """The variants of a picture of some size in its bucket, each once; the mirrored ones last."""
+        whole = covering(size, bucket)
+        across, down = (
+            self._places(round(long) > short) for long, short in zip(whole, bucket, strict=True)
+        )  # at most one of them has several, as the picture covers the bucket
+        flips = [False] * (self.flip < 1) + [True] * (self.flip > 0)
+        return [View(x, y, flip) for flip in flips for x in across for y in down]
+
+    def _places(self, room: bool) -> list[float]:
+        if self.crops == 1 or not room:
+            return [0.5]
+        return [place / (self.crops - 1) for place in range(self.crops)]
+
+    def draw(self, size: Size, bucket: Size, random: Random) -> View:
+        """One of the variants of a picture."""
+        if not self.flip and self.crops == 1:
+            return MIDDLE
+        flip = random.random() < self.flip
+        return random.choice([view for view in self.views(size, bucket) if view.flip == flip])
+
+    def colour(self, picture: Image.Image, random: Random) -> Image.Image:
+        """A picture in other colours."""
+        for key, far in self.colours.items():
+            picture = _COLOURS[key](picture).enhance(1 + far * (2 * random.random() - 1))
+        return picture
+
+
+def covering(size: Size, bucket: Size) -> tuple[float, float]:
+    """Width and height of a picture scaled to cover a bucket."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return size[0] * scale, size[1] * scale
+
+
+def cut(picture: Image.Image, bucket: Size, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Any:
+    """The part of a picture that a view is of, at the bucket's width and height."""
+    part = ImageOps.fit(picture, bucket, filter, centering=(view.across, view.down))
+    return ImageOps.mirror(part) if view.flip else part
+
+
+def corner(size: Size, bucket: Size, view: View) -> tuple[int, int]:
+    """Left and top of a view in the picture that is scaled to cover the bucket, and mirrored if the view is."""
+    (width, height), (across, down, flip) = covering(size, bucket), view
+    return round((width - bucket[0]) * (1 - across if flip else across)), round((height - bucket[1]) * down)
+
+
+def upright_size(data: bytes) -> Size:
+    """Width and height of a picture as it is looked at, from its header.
+
+    Raises:
+        OSError: the bytes are no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ORIENTATION) in TURNED
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage makes Pillow raise SyntaxError, ValueError, TypeError and its own kinds, too
+        raise OSError(f"damaged: {error}") from error
+    return (height, width) if turned else (width, height)

@@ -1,0 +1,75 @@
+"""Captions as people write them, and what is drawn of them each time a picture comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is told of a picture in a step. In validation it is always the first caption as it stands.
+
+    With `shuffle` or `tag_dropout` there are too many captions to encode beforehand: the text encoder is then kept,
+    and encodes those of each batch.
+
+    Args:
+        lines: each line of a caption is a caption of its own.
+        choose: which of a picture's captions: a random one each time, or the first.
+        shuffle: bring the tags, which separators part, into a random order each time.
+        keep: so many first tags stay where they are and are not dropped.
+        tag_dropout: share of the other tags that is left out each time, from 0 to below 1.
+        separator: what parts tags.
+    """
+
+    lines: bool = False
+    choose: Literal["random", "first"] = "random"
+    shuffle: bool = False
+    keep: int = 0
+    tag_dropout: float = 0.0
+    separator: str = ","
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tag_dropout < 1:
+            raise ValueError(f"captions.tag_dropout is {self.tag_dropout}; give a share of 0 or more and below 1")
+        if self.keep < 0 or (self.keep and not self.changes_tags):
+            raise ValueError(f"captions.keep is {self.keep}; give 0, or a number above with shuffle or tag_dropout")
+        if not self.separator.strip():
+            raise ValueError(f"captions.separator is {self.separator!r}; give what parts tags, such as ','")
+
+    @property
+    def changes_tags(self) -> bool:
+        """Whether there are too many captions to encode them all beforehand."""
+        return self.shuffle or self.tag_dropout > 0
+
+    def read(self, written: Sequence[str], prefix: str) -> tuple[str, ...]:
+        """A picture's captions as written, with the prefix, and as many as are told apart; never none."""
+        if self.lines:
+            written = [line.strip() for text in written for line in text.splitlines() if line.strip()]
+        return tuple(prefix + text for text in written) or (prefix,)
+
+    def possible(self, captions: Sequence[str]) -> Sequence[str]:
+        """Which of a picture's captions may be drawn."""
+        return captions[:1] if self.choose == "first" else captions
+
+    def draw(self, captions: Sequence[str], prefix: str, random: Random) -> str:
+        """What is told of a picture this time.
+
+        Args:
+            captions: as `read` gives them.
+            prefix: what they begin with, which stays.
+            random: where the choice comes from.
+        """
+        told = random.choice(self.possible(captions))
+        return prefix + self._tags(told.removeprefix(prefix), random) if self.changes_tags else told
+
+    def _tags(self, text: str, random: Random) -> str:
+        tags = [tag.strip() for tag in text.split(self.separator) if tag.strip()]
+        first, rest = tags[: self.keep], tags[self.keep :]
+        if self.tag_dropout:
+            rest = [tag for tag in rest if random.random() >= self.tag_dropout]
+        if self.shuffle:
+            random.shuffle(rest)
+        return f"{self.separator} ".join(first + rest)

@@ -1,0 +1,105 @@
+"""What a recipe says of the places that pictures come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["training", "validation", "regularisation"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A source of captioned pictures.
+
+    Args:
+        path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
+            that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
+        role: training; validation, of which all pictures are held out; or regularisation: pictures of the class of
+            what is learned, which keep the base from forgetting it (prior preservation, Ruiz 2023). None of them is
+            held out.
+        repeats: how often each picture comes in an epoch; if it is not given, once, and pictures for regularisation
+            as many as there are others to train on.
+        weight: in place of repeats: how large a share of an epoch this source is, beside the weights of the others
+            (1 where it is not given); 0 leaves it out. The epoch is as long as it takes for every picture to come.
+        prefix: put before every caption (a trigger word).
+        loss_weight: how much the loss of its pictures counts, 0 to 100; usually 1 or less for regularisation.
+        masks: a folder with pictures of the same names that are bright where the loss counts and black where it does
+            not; a picture without one counts whole.
+        image_column: the column of pictures, for parquet, datasets and hub.
+        caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
+    """
+
+    path: str
+    role: Role = "training"
+    repeats: int | None = None
+    weight: float | None = None
+    prefix: str = ""
+    loss_weight: float = 1.0
+    masks: Path | None = None
+    image_column: str = "image"
+    caption_column: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"data.sources, {self.path}"
+        if self.repeats is not None and self.weight is not None:
+            raise ValueError(f"{where}: repeats is {self.repeats} and weight {self.weight}; keep one of them")
+        if self.repeats is not None and not 1 <= self.repeats <= 10_000:
+            raise ValueError(f"{where}: repeats is {self.repeats}; give 1 to 10000, or leave the source out")
+        if self.weight is not None and not 0 <= self.weight < math.inf:
+            raise ValueError(f"{where}: weight is {self.weight}; give 0 or more")
+        if not 0 <= self.loss_weight <= 100:
+            raise ValueError(f"{where}: loss_weight is {self.loss_weight}; give 0 to 100")
+        if self.role == "validation":
+            given = {"repeats": self.repeats, "weight": self.weight}
+            given["loss_weight"] = None if self.loss_weight == 1 else self.loss_weight
+            if names := [key for key, value in given.items() if value is not None]:
+                raise ValueError(f"{where}: {names[0]} says nothing of role validation; leave it out")
+
+
+def gathered(path: str | None, sources: Sequence[Pictures] | None, short: dict[str, Any]) -> tuple[Pictures, ...]:
+    """The sources of a recipe.
+
+    Args:
+        path: of the only one.
+        sources: all of them.
+        short: what is said of the only one beside its path.
+
+    Raises:
+        ValueError: there are both or none, nothing to train on, or repeats beside weights.
+    """
+    if sources is None:
+        if path is None:
+            raise ValueError("data.path is null; give a folder of captioned pictures there, or several in data.sources")
+        return (Pictures(path, **short),)
+    if path is not None:
+        raise ValueError(f"data.path is {path!r}, and data.sources is given too; move it into data.sources")
+    usual = {field.name: field.default for field in fields(Pictures)}
+    for key, value in short.items():
+        if value != usual[key]:
+            raise ValueError(f"data.{key} is {value!r}, but data.sources is given; set {key} in each source")
+    _check(sources)
+    return tuple(sources)
+
+
+def _check(sources: Sequence[Pictures]) -> None:
+    trained = [one for one in sources if one.role != "validation"]
+    if not any(one.role == "training" for one in trained):
+        raise ValueError("data.sources: none has role training; give one to train on")
+    weighed = [one for one in trained if one.weight is not None]
+    repeated = [one for one in trained if one.repeats is not None]
+    if weighed and repeated:
+        told = f"{weighed[0].path} has weight {weighed[0].weight}, {repeated[0].path} repeats {repeated[0].repeats}"
+        raise ValueError(f"data.sources: {told}; use one of both for all")
+    if not any(one.weight != 0 for one in trained if one.role == "training"):
+        raise ValueError("data.sources: weight is 0 for every source with role training; raise one")
+    if not any(one.loss_weight for one in trained):
+        raise ValueError("data.sources: loss_weight is 0 for every source, so that nothing is learned; raise one")
+
+
+def left_out(source: Pictures) -> bool:
+    """Whether a source is not even read."""
+    return source.weight == 0

@@ -1,0 +1,109 @@
+"""A run's folder: one run at a time, and one run in all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from loratune.errors import UserError
+
+LOCK = ".lock"
+RECIPE = "recipe.yaml"
+# What a run writes into its folder, and what `clear` therefore deletes.
+WRITTEN = (
+    *(RECIPE, "report.html", "checkpoints/*.ckpt", "tensorboard"),
+    *("lora*.safetensors", "learned_embeds*.safetensors"),
+)
+_held: dict[Path, tuple[int, list[Path]]] = {}
+"""The lock's descriptor of each folder of this process, and the folders that were made for it, innermost first."""
+
+
+def take(folder: Path) -> None:
+    """Keep a folder for this process until it ends or gives it back.
+
+    A record lock (POSIX): unlike flock's it is not inherited by the processes that load batches, so a killed run's
+    folder is free at once, and it works on network file systems.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); set trainer.default_root_dir") from None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        told = f"{folder}: a run is under way there ({owner or 'of another process'})"
+        raise UserError(f"{told}; wait for it, stop it, or set trainer.default_root_dir to another folder") from None
+    if not _is_still(descriptor, folder / LOCK):  # its owner gave it back, and removed it, between open and lock
+        os.close(descriptor)
+        return take(folder)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[folder] = descriptor, made
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def give_back() -> None:
+    """Let other processes have this one's folders; of those in which no run began nothing is left."""
+    while _held:
+        folder, (descriptor, made) = _held.popitem()
+        with suppress(OSError):
+            if made and set(folder.iterdir()) == {folder / LOCK}:
+                (folder / LOCK).unlink()
+            for one in made:
+                one.rmdir()
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run has begun there: its recipe is written before anything else."""
+    return (folder / RECIPE).is_file() or any((folder / "checkpoints").glob("*.ckpt"))
+
+
+def refuse_another(folder: Path, resumed: Path | None, last: bool) -> None:
+    """See that a run does not mix with another.
+
+    Args:
+        folder: where the run is to write.
+        resumed: the checkpoint that it goes on from, if it does.
+        last: whether it was asked to go on from the last one, of which there may be none yet.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    if not holds_a_run(folder) or last:
+        return
+    if resumed is not None and folder.resolve() in resumed.resolve().parents:
+        return
+    told = f"{folder}: holds another run" if resumed else f"{folder}: holds a run"
+    raise UserError(
+        f"{told}; go on with it by --ckpt_path last, set trainer.default_root_dir to another folder, "
+        "or replace it by --run.overwrite true"
+    )
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run wrote into its folder, and nothing else."""
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

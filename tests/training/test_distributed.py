@@ -1,0 +1,131 @@
+"""Two processes make the step that one makes with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loratune.data.shares import Rows, Shares, share
+from loratune.training.checkpoints import read_checkpoint
+from loratune.training.randomness import Share, SharedDropout, dropout, share_dropout
+
+LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"
+WORDS = ["--model.objective", "{caption_dropout: 0.3, offset_noise: 0.1}", "--trainer.callbacks+", "EMA"]
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def free_port() -> str:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return str(made.getsockname()[1])
+
+
+def command(recipe: Path, out: Path, batch: int, *words: str) -> list[str]:
+    """A run in a folder, with so many pictures a batch for each process."""
+    text = recipe.read_text().replace("{rank: 4, alpha: 8, targets: cross-attention}", LORA)
+    own = out.with_suffix(".yaml")
+    own.write_text(text.replace("batch_size: 4", f"batch_size: {batch}"))
+    where = ["--trainer.default_root_dir", str(out), "--checkpoint.every_n_train_steps", "2"]
+    return ["fit", "-c", str(own), *where, *WORDS, *words]
+
+
+def run(words: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run to the end as a process of its own."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
+    done = subprocess.run(words, env=plain | (environment or {}), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+LORATUNE = [sys.executable, "-m", "loratune"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> dict[str, str]:
+    told = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_ID": "77", "JOB_NAME": "train", "NODEID": "0"}
+    told |= {"NODELIST": "127.0.0.1", "NNODES": "1"}
+    return {f"SLURM_{key}": value for key, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def close(one: Path, two: Path) -> None:
+    """Both runs ended with the same weights, average and optimizer, but for the order of sums."""
+    first, second = (read_checkpoint(path / "checkpoints" / "last.ckpt") for path in (one, two))
+    assert first["global_step"] == second["global_step"] > 0
+    pairs = [(first["state_dict"], second["state_dict"])]
+    pairs.append((first["callbacks"]["EMA"]["average"], second["callbacks"]["EMA"]["average"]))
+    for name, state in first["optimizer_states"][0]["state"].items():
+        pairs.append((state, second["optimizer_states"][0]["state"][name]))
+    for held, other in pairs:
+        assert held.keys() == other.keys()
+        for key, value in held.items():
+            assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-5), key
+
+
+def test_two_processes_train_what_one_trains(recipe: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([*LORATUNE, *command(recipe, one, 4)])
+    # The second half is launched in another way, and goes on in the middle of an epoch.
+    launched = command(recipe, two, 2, *TWO)
+    port = ["--master-port", free_port()]
+    run([*TORCHRUN, *port, "-m", "loratune", *launched, "--trainer.max_steps", "4"])
+    held = read_checkpoint(two / "checkpoints" / "last.ckpt")
+    assert held["global_step"] == 4
+    assert len(held["loratune"]["generators"]) == 2
+    words, same = [*LORATUNE, *launched, "--ckpt_path", "last"], slurm | {"MASTER_PORT": free_port()}
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
+    both = [subprocess.Popen(words, env=plain | same | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
+    assert [process.wait() for process in both] == [0, 0]
+    close(one, two)
+
+
+def test_shares_are_the_batch_in_order_and_count_what_they_hold() -> None:
+    for total in range(1, 9):
+        batch = list(range(10, 10 + total))
+        for processes in (1, 2, 3, 4):
+            cut = [share(batch, rank, processes) for rank in range(processes)]
+            counted = [index for rows in cut for index, start, whole in rows if start < whole]
+            assert counted == batch
+            shares = [Share(rows[0][1], len(rows), rows[0][2]) for rows in cut]
+            losses = torch.arange(float(total))
+            means = [one.cut(losses).mean() * one.weight(processes) for one in shares]
+            assert torch.isclose(torch.stack(means).mean(), losses.mean())
+    made = Shares([[0, 1, 2], [3]], 1, 2)
+    assert len(made) == 2
+    assert list(made) == [[(1, 1, 3), (2, 1, 3)], [(3, 0, 1)]]
+    rows: Any = Rows([{"name": "a"}, {"name": "b"}])
+    assert rows[(1, 4, 8)] == {"name": "b", "share": (4, 8)}
+    assert Share.of({"name": ["b"], "share": (4, 8)}) == Share(4, 1, 8)
+    assert Share.of({"name": ["a", "b"]}) == Share(0, 2, 2)
+
+
+def test_dropout_is_cut_from_the_masks_of_the_whole_batch() -> None:
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.4), nn.Dropout(0.0))
+    assert share_dropout(layers) == [layers[1]]
+    assert isinstance(layers[1], SharedDropout)
+    x = torch.randn(5, 7, 3)
+
+    def drawn(part: Any) -> torch.Tensor:
+        torch.manual_seed(1)
+        return part()
+
+    whole = drawn(lambda: F.dropout(x, 0.4))
+    assert torch.equal(whole, drawn(lambda: layers[1](x)))
+    for start, stop in ((0, 2), (2, 5)):
+        one = Share(start, stop - start, 5)
+        layers[1].share = one
+        assert torch.equal(drawn(lambda: layers[1](x[start:stop])), whole[start:stop])  # noqa: B023
+    twice = drawn(lambda: F.dropout(torch.ones(8, 7, 3), 0.4))  # two rows for each of four samples
+    assert torch.equal(drawn(lambda: dropout(torch.ones(4, 7, 3), 0.4, Share(2, 2, 4))), twice[4:])
+    extra = drawn(lambda: F.dropout(x, 0.4))  # four samples and the empty caption
+    mine = torch.cat([x[2:4], x[4:]])
+    assert torch.equal(drawn(lambda: dropout(mine, 0.4, Share(2, 2, 4))), torch.cat([extra[2:4], extra[4:]]))
+    assert torch.equal(layers.eval()[1](x[:2]), x[:2])
