@@ -35,6 +35,7 @@ def sample(
     embedding: list[Path] = [],  # noqa: B006
     chunks: int = 1,
     weights: bool = False,
+    captions: bool = False,
 ) -> None:
     """Draw pictures: a PNG for each prompt and seed, and a grid of them all.
 
@@ -55,6 +56,7 @@ def sample(
         embedding: a file with a learned token (textual inversion), which prompts then may name; repeat it.
         chunks: windows of 75 tokens that a prompt may fill.
         weights: read (word:1.2) in prompts as a weight; brackets that are meant are then written \\( and \\).
+        captions: write the prompt beside each picture (.txt), and no grid: a folder to train on.
     """
     from loratune.verbs import sample as run
 
@@ -78,6 +80,7 @@ def sample(
         embedding,
         chunks,
         weights,
+        captions,
     )
 
 

@@ -72,8 +72,9 @@ def sample(
     embedding: Sequence[Path] = (),
     chunks: int = 1,
     weights: bool = False,
+    captions: bool = False,
 ) -> None:
-    """Draw `count` pictures of each prompt into `out`: PNG files and grid.png."""
+    """Draw `count` pictures of each prompt into `out`: PNG files, and grid.png or captions."""
     for key, value in (("steps", steps), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{key} is {value}; give 1 or more")
@@ -96,7 +97,13 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     pictures = [to_picture(pixels) for pixels in drawn]
     for number, (picture, (prompt, one)) in enumerate(zip(pictures, wanted, strict=True)):
-        picture.save(out / f"{number:03d}-{slug(prompt)}-{one}.png")
+        file = out / f"{number:03d}-{slug(prompt)}-{one}.png"
+        picture.save(file)
+        if captions:
+            file.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
+    if captions:
+        print(f"{len(pictures)} pictures and their captions are in {out}")
+        return
     rows = [[pictures[i * count + n] for i in range(len(prompts))] for n in range(count)]
     grid(rows, prompts, [f"seed {seed + n}" for n in range(count)], cell=max(128, side)).save(out / "grid.png")
     print(f"{len(pictures)} pictures and grid.png are in {out}")

@@ -173,3 +173,11 @@ def test_a_verb_alone_runs_or_says_what_it_lacks(
     code = main([verb])
     assert (code == 0 and ran) or (code == 2 and "required" in capsys.readouterr().err)
     assert (verb == "quickstart") == (code == 0)
+
+
+def test_what_is_drawn_with_captions_is_a_folder_to_train_on(tiny_base: Path, tmp_path: Path) -> None:
+    from loratune.data.sources import read_source
+
+    words = ["sample", "--base", str(tiny_base), "--steps", "1", "--captions", "--out", str(tmp_path / "class")]
+    assert main([*words, "--prompt", "a woman", "--count", "3"]) == 0
+    assert [one.caption for one in read_source(str(tmp_path / "class"))] == ["a woman"] * 3

@@ -16,7 +16,7 @@ from loratune.training.lora_module import LoRAModule
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-BIG = {"concept-token.yaml", "sd15-style.yaml", "sdxl-qlora.yaml", "sdxl-style.yaml"}
+BIG = {"character.yaml", "concept-token.yaml", "sd15-style.yaml", "sdxl-qlora.yaml", "sdxl-style.yaml"}
 
 
 def shrunk(path: Path, tiny_base: Path, tmp_path: Path) -> list[str]:

@@ -68,6 +68,8 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
     assert keys_of(settings) == keys_of(shipped)
     out = tmp_path / "run"
     settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
+    if "buckets" in settings["data"]:
+        settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
     settings["data"]["cache"] = str(tmp_path / "cache")
     samples = settings.setdefault("samples", {})
     samples |= {"steps": 1, "every_n_steps": STEPS if samples.get("every_n_steps", STEPS) else 0}

@@ -108,9 +108,10 @@ class BatchOrder(Sampler[list[Draw]]):
     def _draws(self, indices: Sequence[int], count: int, epoch: int) -> Iterator[Draw]:
         whole, rest = divmod(count, len(indices))
         chosen: set[int] = set()
-        if rest:  # another part of the group in each epoch
-            random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009)
-            chosen = set(torch.randperm(len(indices), generator=random).tolist()[:rest])
+        if rest:  # in turns: the next ones of an order that stays
+            random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009)
+            turns = torch.randperm(len(indices), generator=random).tolist()
+            chosen = {turns[(epoch * rest + at) % len(turns)] for at in range(rest)}
         for at, index in enumerate(indices):
             for nth in range(whole + (at in chosen)):
                 yield Draw(index, (self.seed, epoch, nth))
