@@ -3,8 +3,8 @@
 Each trial is a process of its own, ended by SIGKILL, and then `loratune fit -c RECIPE --ckpt_path last` in another.
 The LoRA's tensors have to be to the byte those of the run that was never stopped, and every loss that was logged
 the same number. Of every five trials one is killed in the middle of writing a checkpoint, one in the middle of the
-encoding and three at a random moment. The base is tiny and its weights are random; a run accumulates gradients, drops
-features and captions out, averages the weights and trains the text encoder too.
+encoding and three at a random moment. A run accumulates gradients, drops features and captions out, averages the
+weights and trains the text encoder too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent.parent
 RECIPE = """\
 seed_everything: 3
 trainer:
@@ -188,8 +189,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base", type=Path, required=True, help="a diffusers folder")
-    parser.add_argument("--data", type=Path, required=True, help="a folder of captioned pictures")
+    parser.add_argument(
+        "--base", type=Path, default=ROOT / "loratune" / "assets" / "emoji-64", help="a diffusers folder"
+    )
+    parser.add_argument("--data", type=Path, default=ROOT / "datasets" / "ink-heldout", help="captioned pictures")
     chosen = parser.parse_args()
     draw, wrong = random.Random(chosen.seed), 0
     folder = Path(tempfile.mkdtemp())

@@ -35,6 +35,7 @@ def command(recipe: Path, out: Path, batch: int, *words: str) -> list[str]:
     own = out.with_suffix(".yaml")
     own.write_text(text.replace("batch_size: 4", f"batch_size: {batch}"))
     where = ["--trainer.default_root_dir", str(out), "--checkpoint.every_n_train_steps", "2"]
+    where += ["--data.cache", f"{out}-cache"]
     return ["fit", "-c", str(own), *where, *WORDS, *words]
 
 
@@ -85,6 +86,8 @@ def test_two_processes_train_what_one_trains(recipe: Path, tmp_path: Path, slurm
     both = [subprocess.Popen(words, env=plain | same | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
     assert [process.wait() for process in both] == [0, 0]
     close(one, two)
+    # Each process encoded its share of the pictures.
+    assert len(list((tmp_path / "two-cache").rglob("*.safetensors"))) == 12
 
 
 def test_shares_are_the_batch_in_order_and_count_what_they_hold() -> None:
