@@ -32,6 +32,9 @@ UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LOOKED_AT = 1000
 CONTEXT = 500 * 10**6
 """Bytes that a GPU's driver and libraries take themselves, about."""
+PROCESS, HEAP = 200 * 10**6, 0.35
+"""On a CPU: bytes that kernels and threads take, and what the C library keeps of memory that was freed in pieces, as a
+share of the activations. Found by measuring (tests/benchmarks/plan_memory.py); glibc's heap, two threads."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         "optimizer": state_bytes(module.optimizer, [p.numel() for p in trained]),
         "activations": once.activations,
         "transient": once.transient,
-    } | ({"device": CONTEXT} if gpu else {})
+    } | ({"device": CONTEXT} if gpu else {"process": PROCESS + round(HEAP * (once.activations + once.transient))})
     # Forward, the gradients of what each layer reads, those of its weights where all are trained, and forward again.
     passes = 2 + (weights["unet"] == 0) + module.memory.checkpointing
     pictures = len(data.collection)

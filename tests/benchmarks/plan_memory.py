@@ -24,6 +24,9 @@ RECIPES = {
         *("--data.batch_size", "64", "--model.lora.targets", "cross-attention"),
         *("--trainer.precision", "32-true", "--model.memory.checkpointing", "true"),
     ],
+    "LoRA on all layers, float32, batch 24": [
+        *("--data.batch_size", "24", "--trainer.precision", "32-true"),
+    ],
     "QLoRA (nf4) on attention, bf16, batch 96, released": [
         *("--data.batch_size", "96", "--model.lora.targets", "attention", "--model.memory.quantise", "nf4"),
         *("--model.memory.dtype", "bfloat16", "--model.memory.release", "true", "--samples.every_n_steps", "0"),
