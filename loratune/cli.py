@@ -248,19 +248,45 @@ def measure(
     run(base, what, data, lora, style, samples, size, steps, guidance, seed, out)
 
 
+def data(recipe: Path, json: Path | None = None, overrides: Sequence[str] = ()) -> int:
+    """Look at a recipe's pictures before training: counts, sizes, captions, and each fault by name.
+
+    Nothing is encoded or written but FILE. The exit code is 1 where something should be mended.
+
+    Args:
+        recipe: whose pictures; its keys can be overridden, as in --data.size 512.
+        json: a file that gets everything that was found.
+    """
+    from loratune.prepare import data as look
+
+    return int(look(recipe, json, overrides))
+
+
+def cache(recipe: Path, overrides: Sequence[str] = ()) -> None:
+    """Encode a recipe's pictures and captions into the cache, and stop; what is there already is kept.
+
+    Args:
+        recipe: whose pictures; its keys can be overridden, as in --data.workers 4.
+    """
+    from loratune.prepare import cache as encode
+
+    encode(recipe, overrides)
+
+
 def plan(
     recipe: Path,
     device: str | None = None,
     run: bool = False,
     steps_per_second: float | None = None,
     json: bool = False,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Say what a recipe will need before it starts: parameters, memory by part, steps, pictures, time.
 
     Nothing is trained and no weight is read; shapes alone are followed through one step.
 
     Args:
-        recipe: what is to be trained.
+        recipe: what is to be trained; its keys can be overridden, as in --data.batch_size 2.
         device: cpu, gpu, or a GPU's memory such as 24GB (10^9) or 23.5GiB (2^30), into which the run should fit.
         run: also encode the pictures, and take true steps in each bucket here.
         steps_per_second: of this recipe, where you know it; for the expected time.
@@ -268,7 +294,7 @@ def plan(
     """
     from loratune.plan import plan as make
 
-    make(recipe, device, run, steps_per_second, json)
+    make(recipe, device, run, steps_per_second, json, overrides)
 
 
 def quickstart(
@@ -286,7 +312,7 @@ def quickstart(
     run(recipe, out, weight)
 
 
-VERBS: dict[str, Callable[..., None]] = {
+VERBS: dict[str, Callable[..., int | None]] = {
     "sample": sample,
     "merge": merge,
     "inspect": inspect,
@@ -295,11 +321,20 @@ VERBS: dict[str, Callable[..., None]] = {
     "resize": resize,
     "extract": extract,
     "measure": measure,
+    "data": data,
+    "cache": cache,
     "plan": plan,
     "quickstart": quickstart,
 }
 REPEATABLE = ("--lora", "--prompt", "--embedding")
-POSITIONAL = {"inspect": "file", "convert": "file", "resize": "file", "plan": "recipe"}
+POSITIONAL = {
+    "inspect": "file",
+    "convert": "file",
+    "resize": "file",
+    "plan": "recipe",
+    "data": "recipe",
+    "cache": "recipe",
+}
 
 
 def _read(path: Path) -> str:
@@ -352,7 +387,7 @@ def _nearest(word: str) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _run_verb(verb: Callable[..., None], name: str, words: list[str]) -> int:
+def _run_verb(verb: Callable[..., int | None], name: str, words: list[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from loratune.cli_help import VerbHelp, usage_of
@@ -361,7 +396,9 @@ def _run_verb(verb: Callable[..., None], name: str, words: list[str]) -> int:
         def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
             raise UserError(f"{name}: {' '.join(message.split())}")
 
-    positional = POSITIONAL.get(name)
+    positional, given = POSITIONAL.get(name), {}
+    if positional == "recipe":
+        words, given["overrides"] = overridden(words)
     parser = Parser(
         prog=f"loratune {name}",
         usage=usage_of(name, verb, positional),
@@ -370,19 +407,30 @@ def _run_verb(verb: Callable[..., None], name: str, words: list[str]) -> int:
     )
     if positional:
         parser.add_argument(positional, type=Path, help=_help_of(verb, positional))
-    parser.add_function_arguments(verb, as_group=False, skip={positional} if positional else None)
+    parser.add_function_arguments(verb, as_group=False, skip={positional, "overrides"} if positional else None)
     values = parser.instantiate_classes(parser.parse_args(_words(verb, words)))
-    verb(**values.as_dict())
-    return 0
+    return verb(**values.as_dict(), **given) or 0
 
 
-def _help_of(verb: Callable[..., None], name: str) -> str:
+def overridden(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without those that override a recipe's keys, such as --data.size 512, and these."""
+    rest: list[str] = []
+    keys: list[str] = []
+    pending = False
+    for word in words:
+        key = word.startswith("--") and ("." in word.partition("=")[0] or word.startswith("--seed_everything"))
+        (keys if key or pending else rest).append(word)
+        pending = key and "=" not in word
+    return rest, keys
+
+
+def _help_of(verb: Callable[..., int | None], name: str) -> str:
     """What a verb's docstring says of an argument."""
     lines = (line.strip() for line in (verb.__doc__ or "").splitlines())
     return next(line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: "))
 
 
-def _words(verb: Callable[..., None], words: Sequence[str]) -> list[str]:
+def _words(verb: Callable[..., int | None], words: Sequence[str]) -> list[str]:
     """The words as jsonargparse takes them: `--in-place` is `--in_place=true`, and `--lora` adds to a list."""
     given = []
     for word, after in zip(words, [*words, ""][1:], strict=True):

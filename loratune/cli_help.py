@@ -43,7 +43,7 @@ def _value(action: Action) -> str:
     return choices if choices.startswith("{") else action.dest.upper().replace("_", "-")
 
 
-def usage_of(name: str, verb: Callable[..., None], positional: str | None) -> str:
+def usage_of(name: str, verb: Callable[..., int | None], positional: str | None) -> str:
     """What must be given, and that there are options."""
     needed = [key for key, one in inspect.signature(verb).parameters.items() if one.default is one.empty]
     words = [f"--{key.replace('_', '-')} {key.upper()}" for key in needed if key != positional]

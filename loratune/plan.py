@@ -253,11 +253,11 @@ def changes(cli: RecipeCLI, recipe: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"data.batch_size: {size} (with trainer.accumulate_grad_batches)", ["--data.batch_size", str(size)]
 
 
-def advise(recipe: Path, gpu: bool, room: int) -> tuple[list[str], Plan] | None:
+def advise(recipe: Path, gpu: bool, room: int, given: Sequence[str] = ()) -> tuple[list[str], Plan] | None:
     """The changes, added one by one, with which a recipe fits into `room` bytes, and the plan with them; or None."""
-    words: list[str] = []
+    words = list(given)
     told: list[str] = []
-    for name, more in changes(build(recipe), recipe):
+    for name, more in changes(build(recipe, words), recipe):
         words += more
         told = [*(one for one in told if one.split(":")[0] != name.split(":")[0]), name]
         made = make_plan(recipe, gpu, words)
@@ -308,7 +308,7 @@ def plan(
         measured = true_steps(recipe, words)
         made = replace(made, measured=measured, seconds=made.seconds or made.steps * measured["seconds_per_step"])
     fits = None if room is None else made.peak <= room
-    advice = advise(recipe, gpu, room) if room is not None and not fits else None
+    advice = advise(recipe, gpu, room, words) if room is not None and not fits else None
     if json:
         told = asdict(made) | {"training": made.training, "peak": made.peak, "fits": fits}
         print(json_format.dumps(told | {"changes": advice[0] if advice else []}, indent=2))

@@ -11,10 +11,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
+from loratune.adapters.tokens import WINDOW, NewToken
+from loratune.data.audit import audit
 from loratune.data.module import CaptionedImages
 from loratune.errors import UserError
+from loratune.families.prompts import Prompts
 from loratune.families.stable_diffusion import check_side
 from loratune.formats.bases import configs_of_file, find_base
+from loratune.training.captions import counter
 from loratune.training.checkpoints import last_checkpoint
 from loratune.training.folder import clear, give_back, refuse_another, take
 from loratune.training.resume import check_recipe
@@ -71,11 +75,27 @@ def check_data(chosen: Any) -> None:
         key = "on_the_fly is true" if data.on_the_fly else "captions.shuffle and tag_dropout make captions"
         told = f"model.memory.release is true, but data.{key}, which have to be encoded in each step"
         raise ValueError(f"{told}; set model.memory.release: false")
-    if is_first():
+    if is_first() and data.strict:
+        refuse_faults(data, model)
+    elif is_first():
         data.check()
     base = model.get("base")
     if isinstance(base, str) and (path := find_base(base)).exists():
         data.check_sizes(Sides(configs_of_file(path)))
+
+
+def refuse_faults(data: CaptionedImages, model: Any) -> None:
+    """Raise UserError for the first thing in a recipe's pictures that cannot be meant, each of which is looked at."""
+    prompts, token = model.get("prompts"), model.get("tokens")
+    prompts = Prompts(**prompts.as_dict()) if prompts else Prompts()
+    count = counter(prompts, NewToken(**token.as_dict()) if token else None)
+    faults = audit(data.collection, data.batch_size, count, WINDOW * prompts.chunks, data.workers).serious
+    for one in faults:
+        if one.kind == "no_caption" and data.allow_missing_captions:
+            continue
+        more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
+        told = f"{len(one.names)} {one.told}: {one.names[0]}{more}; {one.mend}, or set data.strict: false"
+        raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
 
 
 class Sides:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from loratune.data.buckets import Size
 from loratune.data.entries import MIDDLE, View
@@ -112,6 +112,8 @@ def upright_size(data: bytes) -> Size:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(ORIENTATION) in TURNED
+    except UnidentifiedImageError:
+        raise OSError("its content is no picture of a known kind") from None
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow raise SyntaxError, ValueError, TypeError and its own kinds, too

@@ -49,7 +49,8 @@ class CaptionedImages(L.LightningDataModule):
         image_column: the column of pictures, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
         allow_missing_captions: train on pictures without a caption, as pictures of nothing in particular.
-        strict: stop at the first unreadable picture instead of going on without it.
+        strict: look at every picture before the run and stop where something cannot be meant: unreadable ones,
+            captions that are missing or cut, pictures that are both trained on and held out, masks that do not fit.
         cache: folder of encoded pictures and captions, shared between runs.
         workers: processes that decode pictures and load batches.
         sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
@@ -102,6 +103,7 @@ class CaptionedImages(L.LightningDataModule):
         self.allow_missing_captions, self.strict = allow_missing_captions, strict
         self.buckets, self.captions, self.augment, self.on_the_fly = buckets, captions, augment, on_the_fly
         self.unreadable: list[str] = []
+        self.encoded = 0
         self.training: Samples | None = None
         self.held_out: Samples | None = None
 
@@ -213,6 +215,7 @@ class CaptionedImages(L.LightningDataModule):
         for look in track(looks, total=len(numbers), disable=not self.trainer.is_global_zero, **show):  # type: ignore[arg-type]
             if isinstance(look.found, Entry) and encoder is not None:
                 encoder.prepare(look.found, look.pixels, collection.told(look.found))
+                self.encoded += bool(look.pixels)
             found.append(look.found)
             if self.strict and not isinstance(look.found, Entry):
                 break

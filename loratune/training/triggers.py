@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import CLIPTokenizer
-
 from loratune.adapters.tokens import WINDOW, NewToken
-from loratune.families.prompts import Prompts, tokenise
-from loratune.families.stable_diffusion import TOKENIZER
+from loratune.families.prompts import Prompts
+from loratune.training.captions import counter
 
 
 def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | None) -> None:
@@ -28,9 +26,7 @@ def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | 
         new = 0 if token is None else token.vectors * prefix.lower().count(token.token.lower())
         if len(prefix.encode()) + new <= room:
             continue  # a token has at least one byte, and reading the tokenizer takes a second
-        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-        tokenizer.add_tokens([] if token is None else token.names)
-        if (count := len(tokenise(prefix, tokenizer, prompts.weights))) > room:
+        if (count := counter(prompts, token)(prefix)) > room:
             told = f"{place} is {count} tokens, and a prompt holds {room}"
             raise ValueError(f"{told}; shorten it, or set model.prompts.chunks above {prompts.chunks}")
 

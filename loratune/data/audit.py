@@ -1,0 +1,328 @@
+"""What is to be known of a recipe's pictures before they are trained on: counts, and each fault by name."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from loratune.data.buckets import Size
+from loratune.data.collection import Collection
+from loratune.data.duplicates import Fingerprint, fingerprint, near
+from loratune.data.entries import Entry
+from loratune.data.order import BatchOrder, groups, often
+from loratune.data.sources import METADATA, PICTURES, Sample
+from loratune.errors import UserError
+from loratune.formats.pictures import open_picture
+
+TOO_SMALL = 2.0
+"""Pictures that are enlarged more than so many times are called too small."""
+TAGS = 20
+UNREAD = {".avif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".raw", ".svg", ".tga"}
+ENDINGS = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "TIFF": {".tif", ".tiff"}, "MPO": {".jpg", ".jpeg"}}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault and where it is.
+
+    Args:
+        kind: its name in the JSON.
+        told: what it is, for a person.
+        mend: what to do.
+        names: of the pictures or files, some with what is wrong with them.
+        serious: whether `data.strict` stops a run for it.
+    """
+
+    kind: str
+    told: str
+    mend: str
+    names: tuple[str, ...]
+    serious: bool = False
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """A source in numbers.
+
+    Args:
+        path: of it.
+        role: as the recipe says.
+        pictures: that can be read.
+        held_out: of these.
+        drawn: how many of its pictures come in an epoch.
+    """
+
+    path: str
+    role: str
+    pictures: int
+    held_out: int
+    drawn: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that was found.
+
+    Args:
+        sources: in numbers.
+        buckets: how many pictures that are trained on each width and height has.
+        batches: in an epoch.
+        tags: the most frequent, and in how many captions each is.
+        findings: faults, the serious ones first.
+    """
+
+    sources: tuple[SourceCount, ...]
+    buckets: dict[Size, int]
+    batches: int
+    tags: dict[str, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def serious(self) -> list[Finding]:
+        """What stops a strict run."""
+        return [one for one in self.findings if one.serious]
+
+
+@dataclass
+class Seen:
+    """One picture as it was looked at.
+
+    Args:
+        name: of its file.
+        entry: none where it could not be read.
+        print: likewise.
+        fault: what is wrong where it could not.
+        mask: what is wrong with its mask.
+        ending: what its name should end with, where it ends with something else.
+        bare: whether it has no caption.
+        masked: whether it has a mask.
+    """
+
+    name: str
+    entry: Entry | None = None
+    print: Fingerprint | None = None
+    fault: str = ""
+    mask: str = ""
+    ending: str = ""
+    bare: bool = False
+    masked: bool = False
+
+
+class Looked(Dataset[Seen]):
+    """Every picture of a collection, decoded once.
+
+    Args:
+        collection: the pictures.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+
+    def __len__(self) -> int:
+        return len(self.collection)
+
+    def __getitem__(self, number: int) -> Seen:
+        source, row = self.collection.at(number)
+        sample = self.collection.sources[source][row]
+        seen = Seen(sample.name, ending=wrong_ending(sample), bare=not sample.captions)
+        try:
+            seen.entry = self.collection.entry(source, row, sample)
+            seen.masked = bool(seen.entry.mask)
+        except UserError as error:  # of its mask
+            seen.mask = str(error)
+            return seen
+        except OSError as error:
+            seen.fault = str(error)
+            return seen
+        try:
+            seen.print = fingerprint(open_picture(sample.data))
+        except OSError as error:
+            seen.entry, seen.fault = None, str(error)
+        return seen
+
+
+def wrong_ending(sample: Sample) -> str:
+    """What a picture's content is, where its file's name ends with something else; empty where it does not."""
+    ending = Path(sample.name).suffix.lower() if sample.root else ""
+    if not ending:
+        return ""
+    try:
+        with Image.open(io.BytesIO(sample.data)) as opened:
+            kind = opened.format or ""
+    except Exception:  # what is unreadable is told of elsewhere
+        return ""
+    return "" if ending in ENDINGS.get(kind, {f".{kind.lower()}"}) else kind
+
+
+def strays(root: Path) -> tuple[list[str], list[str]]:
+    """Caption files without a picture, and pictures of kinds that are not read, in a folder."""
+    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+    held = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURES}
+    named = any((root / name).is_file() for name in METADATA)
+    texts = [] if named else [file for file in files if file.suffix == ".txt" and file.with_suffix("") not in held]
+    return [str(file) for file in texts], [str(file) for file in files if file.suffix.lower() in UNREAD]
+
+
+def enlarged(entry: Entry) -> float:
+    """How many times a picture is enlarged to cover its bucket."""
+    return max(entry.bucket[0] / entry.size[0], entry.bucket[1] / entry.size[1])
+
+
+def audit(
+    collection: Collection,
+    batch_size: int,
+    count_tokens: Callable[[str], int],
+    room: int,
+    workers: int = 0,
+    progress: Callable[[Any], Iterable[Seen]] = iter,
+) -> Audit:
+    """Look at every picture of a recipe; nothing is written.
+
+    Args:
+        collection: the pictures.
+        batch_size: of all processes together.
+        count_tokens: of a caption.
+        room: tokens that a prompt holds.
+        workers: processes that decode.
+        progress: shows how far it is.
+    """
+    looks = DataLoader(Looked(collection), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    seen = list(progress(looks))
+    held = [(one, one.entry) for one in seen if one.entry is not None]
+    out = [collection.is_held_out(entry) for _, entry in held]
+    trained = [entry for (_, entry), is_out in zip(held, out, strict=True) if not is_out]
+    each = often(collection.settings, [sum(e.source == s for e in trained) for s in range(len(collection.settings))])
+    order = BatchOrder(groups(trained, each), [entry.bucket for entry in trained], batch_size, 0)
+    counts = _counts(collection, held, out, trained, order)
+    found = [
+        *_faults(collection, seen),
+        *_captions([entry for _, entry in held], count_tokens, room),
+        *_doubles(held, out),
+        *_sizes(held, out, trained, order, each),
+    ]
+    kept = tuple(sorted((one for one in found if one.names), key=lambda one: not one.serious))
+    batches = len(order)
+    tags = _tags([entry for _, entry in held], collection.captions.separator)
+    return Audit(counts, dict(Counter(entry.bucket for entry in trained)), batches, tags, kept)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _counts(
+    collection: Collection, held: Sequence[tuple[Seen, Entry]], out: Sequence[bool], trained: Any, order: BatchOrder
+) -> tuple[SourceCount, ...]:
+    drawn = Counter(trained[draw.sample].source for batch in order for draw in batch)
+    made = []
+    for number, told in enumerate(collection.settings):
+        own = [is_out for (_, entry), is_out in zip(held, out, strict=True) if entry.source == number]
+        made.append(SourceCount(told.path, told.role, len(own), sum(own), drawn[number]))
+    return tuple(made)
+
+
+def _faults(collection: Collection, seen: Sequence[Seen]) -> list[Finding]:
+    broken = tuple(f"{one.name} ({one.fault})" for one in seen if one.fault)
+    endings = tuple(f"{one.name} (is {one.ending})" for one in seen if one.ending)
+    bare = tuple(one.name for one in seen if one.bare)
+    wrong = tuple(one.mask for one in seen if one.mask)
+    without = tuple(
+        one.name
+        for one in seen
+        if one.entry is not None and collection.masks[one.entry.source] is not None and not one.masked
+    )
+    roots = dict.fromkeys(source.root for source in collection.sources if source.root)
+    texts: list[str] = []
+    kinds: list[str] = []
+    for root in roots:
+        for all_of_them, found in zip((texts, kinds), strays(Path(root)), strict=True):
+            all_of_them += found
+    return [
+        Finding("unreadable", "pictures that cannot be read", "mend or remove them", broken, True),
+        Finding("no_caption", "pictures without a caption", "write it into a .txt file beside each", bare, True),
+        Finding("mask_wrong", "masks that do not fit", "make each as large as its picture", wrong, True),
+        Finding("no_mask", "pictures that have no mask, and so count whole", "draw one, if that is not meant", without),
+        Finding("ending", "names that end with another kind than the content is", "rename them", endings),
+        Finding("no_picture", "caption files without a picture", "rename or remove them", tuple(texts)),
+        Finding("unread_kind", "pictures of kinds that are not read here", "save them as PNG", tuple(kinds)),
+    ]
+
+
+def _captions(entries: Sequence[Entry], count_tokens: Callable[[str], int], room: int) -> list[Finding]:
+    cut = []
+    for entry in entries:
+        # A token has at least one byte, so short captions need not be counted.
+        over = max(count_tokens(one) - room if len(one.encode()) > room else 0 for one in entry.captions)
+        if over > 0:
+            cut.append(f"{entry.name} ({over} of its tokens)")
+    told = f"captions of more than {room} tokens, of which the rest is not read"
+    return [Finding("cut", told, "shorten them, or set model.prompts.chunks higher", tuple(cut), True)]
+
+
+def _doubles(held: Sequence[tuple[Seen, Entry]], out: Sequence[bool]) -> list[Finding]:
+    first: dict[str, int] = {}
+    exact = []
+    for number, (_, entry) in enumerate(held):
+        exact.append((first.setdefault(entry.digest, number), number))
+    exact = [(one, other) for one, other in exact if one != other]
+    same = set(exact)
+    prints = [seen.print for seen, _ in held if seen.print is not None]
+    alike = [pair for pair in near(prints) if held[pair[0]][1].digest != held[pair[1]][1].digest]
+
+    def names(pairs: Iterable[tuple[int, int]], leaks: bool) -> tuple[str, ...]:
+        chosen = [(a, b) for a, b in pairs if (out[a] != out[b]) == leaks]
+        return tuple(f"{held[a][0].name} and {held[b][0].name}" for a, b in chosen)
+
+    keep = "remove them, or set data.split_by: picture"
+    return [
+        Finding("leak", "pictures that are both trained on and held out", keep, names(sorted(same), True), True),
+        Finding("near_leak", "held-out pictures nearly like trained ones", "remove one of each", names(alike, True)),
+        Finding("duplicate", "pictures that are there twice", "remove one of each", names(sorted(same), False)),
+        Finding("near_duplicate", "pictures that are nearly alike", "keep the better one", names(alike, False)),
+    ]
+
+
+def _sizes(
+    held: Sequence[tuple[Seen, Entry]],
+    out: Sequence[bool],
+    trained: Sequence[Entry],
+    order: BatchOrder,
+    each: Sequence[float],
+) -> list[Finding]:
+    times = [(seen.name, enlarged(entry)) for seen, entry in held]
+    upscaled = tuple(f"{name} ({by:.2f} times)" for name, by in times if 1 < by <= TOO_SMALL)
+    small = tuple(f"{name} ({by:.2f} times)" for name, by in times if by > TOO_SMALL)
+    names = [seen.name for (seen, _), is_out in zip(held, out, strict=True) if not is_out]
+    told = f"pictures enlarged more than {TOO_SMALL:g} times to fill their size: too small"
+    return [
+        Finding("lost", "pictures that never come in an epoch", "report this as a fault", _lost(names, order, each)),
+        Finding("too_small", told, "give larger ones, or set data.buckets.upscale: false", small),
+        Finding("upscaled", "pictures enlarged to fill their size", "give larger ones if they look soft", upscaled),
+    ]
+
+
+def _lost(names: Sequence[str], order: BatchOrder, each: Sequence[float]) -> tuple[str, ...]:
+    """Which pictures are never drawn; of sources that come less than once an epoch, in as many as it takes."""
+    fewest = min((one for one in each if one > 0), default=1.0)
+    drawn: set[int] = set()
+    for epoch in range(min(1000, 1 + round(1 / fewest)) if fewest < 1 else 1):
+        now = BatchOrder(order.given, order.sizes, order.batch_size, order.seed, lambda _, e=epoch: (e, 0))  # type: ignore[misc]
+        drawn |= {draw.sample for batch in now for draw in batch}
+        if len(drawn) == len(names):
+            break
+    return tuple(name for number, name in enumerate(names) if number not in drawn)
+
+
+def _tags(entries: Sequence[Entry], separator: str) -> dict[str, int]:
+    counted: Counter[str] = Counter()
+    for entry in entries:
+        text = entry.caption.removeprefix(entry.prefix)
+        counted.update({tag.strip() for tag in text.split(separator) if tag.strip()})
+    return dict(counted.most_common(TAGS))
