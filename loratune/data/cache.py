@@ -49,7 +49,7 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_safetensors(path, held, {"sha256": tensors_hash(held)})
+            write_safetensors(path, held, {"sha256": tensors_hash(held)}, durable=False)  # checked when read
         except OSError as error:
             raise UserError(f"data.cache: cannot write to {self.folder}: {error.strerror or error}") from error
 

@@ -19,10 +19,15 @@ AT_FDCWD = -100
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, durable: bool = True) -> Iterator[Path]:
     """A temporary path in the same folder: moved to `path` when all went well, deleted when anything did not.
 
     What a killed process left for the same path is removed first.
+
+    Args:
+        path: of the file.
+        durable: wait until it is on the disk (fsync). Without that a power failure, though no killed process, may leave
+            an empty file; for files that are checked when read, and can be made again.
 
     Raises:
         UserError: the place cannot be written to.
@@ -33,9 +38,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
 
 
 @contextmanager

@@ -81,7 +81,9 @@ def read_tensors(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
         raise UserError(f"{path}: cannot be read ({error}); download or export it again") from None
 
 
-def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], durable: bool = True
+) -> None:
     """Write a safetensors file, whole or not at all; the same content always gives the same bytes.
 
     Raises:
@@ -94,7 +96,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
         tensor = tensors[key]
         start, end = end, end + tensor.numel() * tensor.element_size()
         infos[key] = TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), start, end)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, durable) as temporary, temporary.open("wb") as file:
         file.write(header_bytes(infos.items(), dict(metadata)))
         for key in ordered:
             file.write(_bytes_of(tensors[key]))
