@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -18,7 +18,8 @@ from loratune.data.module import collate
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.base import Family
-from loratune.families.sampling import draw
+from loratune.families.sampling import draw_start
+from loratune.formats.pictures import normalise
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
@@ -112,9 +113,19 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
     for held in shapes.values():
         for start in range(0, len(held), size):
             part = held[start : start + size]
-            batch = collate([sample for _, sample in part])
+            batch = _encoded(family, collate([sample for _, sample in part]))
             chunks.append(Chunk([number for number, _ in part], family.start(batch, None).cpu(), batch))
     return chunks
+
+
+def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as the network's family starts from it; pictures that are in no cache are encoded here."""
+    if family.batch_kind != "latents" or "mean" in batch:
+        return batch
+    with torch.no_grad():
+        made = family.encode_pictures(normalise(batch["pixels"]).to(family.device))
+    kept = {name: value for name, value in batch.items() if name != "pixels"}
+    return kept | {name: value.cpu() for name, value in made.items()}
 
 
 def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
@@ -123,12 +134,11 @@ def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, see
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
         numbers = list(range(start, start + len(part)))
-        kept: dict[int, Tensor] = {}
-        draw(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE, on_step=kept.__setitem__)
+        x_0 = draw_start(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE)
         batch: dict[str, Any] = {"name": part, "caption": part}
         if module.text_is_frozen:
             batch["condition"] = {name: value.cpu() for name, value in family.encode_text(part).items()}
-        chunks.append(Chunk(numbers, kept[max(kept)].cpu(), batch))
+        chunks.append(Chunk(numbers, x_0.cpu(), batch))
     return chunks
 
 
@@ -146,6 +156,8 @@ def outputs(
     for chunk in chunks:
         batch = move_data_to_device(chunk.batch, device)
         x_0, told = chunk.x_0.to(device), module._condition(batch, None)
+        if "sizes" in batch:
+            told = {**told, "sizes": batch["sizes"]}
         for part, step in enumerate(levels(len(family.alpha_bars), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
@@ -162,6 +174,10 @@ def outputs(
 def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Within it the module evaluates: no dropout, averaged weights, the run's precision; then all is as it was."""
     modes = {part: part.training for part in module.modules()}
+    # A compiled network would be compiled again for each shape and without the adapter.
+    compiled = {part: made for part in module.modules() if (made := part._compiled_call_impl) is not None}
+    for part in compiled:
+        part._compiled_call_impl = None
     module.eval()
     try:
         with torch.no_grad(), averaged(trainer, module), trainer.precision_plugin.forward_context():
@@ -169,6 +185,8 @@ def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+        for part, made in compiled.items():
+            part._compiled_call_impl = made
 
 
 @contextmanager
@@ -244,18 +262,33 @@ def _parts(module: Any) -> Sequence[nn.Module]:
     return list(module.family.components().values())
 
 
+def rise(now: Tensor, best: Tensor) -> Gap | None:
+    """How far losses (n, k) are above those of an earlier step: None where it is within two standard errors."""
+    found = gap(now, best)
+    return found if found.mean > 2 * found.error else None  # False for nan
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found at a step: the gap of each set of pictures, and the drift (nan where there are no prompts)."""
+    """What was found at a step.
+
+    Args:
+        step: of the run.
+        gaps: of each set of pictures.
+        drift: nan where there are no prompts.
+        levels: the held-out pictures' mean gap at each step of the process at which they were compared.
+    """
 
     step: int
     gaps: dict[str, Gap]
     drift: float
+    levels: dict[int, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """As they are logged; what is not a number is left out."""
         found: dict[str, float] = {}
         for name, one in self.gaps.items():
             found |= {f"{name}/gap": one.mean, f"{name}/gap_se": one.error, f"{name}/loss": one.adapted}
+        found |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
         found["drift"] = self.drift
         return {name: value for name, value in found.items() if math.isfinite(value)}
