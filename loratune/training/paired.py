@@ -17,6 +17,7 @@ from loratune.adapters.lora import adapted_layers, canonical, factors
 from loratune.data.module import collate
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
+from loratune.errors import UserError
 from loratune.families.base import Family
 from loratune.families.sampling import draw_start
 from loratune.formats.pictures import normalise
@@ -234,19 +235,33 @@ def _holding(parameter: Tensor, value: Tensor) -> Iterator[None]:
         parameter.data.copy_(before)
 
 
+def check_weights(module: Any, weights: Sequence[float]) -> None:
+    """See that a module can be drawn with its adapter at these weights.
+
+    Raises:
+        UserError: it has none, or one that was taken from W_0, of which only 0 and 1 can be drawn.
+    """
+    if not any(adapted_layers(part) for part in _parts(module)):
+        if any(weight != 1 for weight in weights):
+            raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
+        return
+    if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
+        told = "with lora.init pissa and olora only 0 and 1 can be drawn"
+        raise UserError(f"samples.weights has {odd[0]:g}: {told}; change either")
+
+
 @contextmanager
 def weighted(module: Any, weight: float) -> Iterator[None]:
     """Within it adapters count `weight` times as much as trained; 0 is the base alone.
 
     Raises:
-        ValueError: the adapter was taken from W_0, and the weight is neither 0 nor 1.
+        UserError: as `check_weights`.
     """
+    check_weights(module, [weight])
     if weight == 0:
         with base_alone(module):
             yield
         return
-    if weight != 1 and getattr(module, "_start", {}):
-        raise ValueError(f"samples.weights has {weight:g}: with lora.init pissa and olora only 0 and 1 can be drawn")
     layers = [layer for part in _parts(module) for layer in adapted_layers(part).values()]
     held = [dict(layer.scaling) for layer in layers]
     try:
@@ -259,7 +274,8 @@ def weighted(module: Any, weight: float) -> Iterator[None]:
 
 
 def _parts(module: Any) -> Sequence[nn.Module]:
-    return list(module.family.components().values())
+    family = getattr(module, "family", None)
+    return list(family.components().values()) if family is not None else []
 
 
 def rise(now: Tensor, best: Tensor) -> Gap | None:
