@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 FOLDER = "figures"
 STEPS, GUIDANCE, SHOWN = 20, 4.0, 8
 MOST_WORDS, ACROSS = 14, 8
+LOOKED_AT = 64
 
 
 def save_figure(trainer: L.Trainer, picture: Image.Image, name: str, tag: str) -> None:
@@ -61,19 +62,19 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
 
     Args:
         family: the base with its adapter.
-        data: the run's data; the first held-out picture is taken, or the first of the training's.
+        data: the run's data; a held-out picture is taken, or one of the training's.
         seed: of the noise.
     """
     rows = data.held_out if len(data.held_out) else data.training
-    chunk = fixed_chunks(family, rows, 1, 1)[0]
+    number = telling([entry.caption for entry in rows.entries[:LOOKED_AT]])
+    caption = rows.entries[number].caption
+    chunk = fixed_chunks(family, [rows[number]], 1, 1)[0]
     x_0 = chunk.x_0[0].to(family.device)
     steps = evenly(len(family.alpha_bars), SHOWN)
     noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
     states = forward_states(x_0, noise, family.coefficients, steps)
     made = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
     estimates: list[Tensor] = []
-
-    caption = rows.entries[0].caption
 
     def keep(done: int, estimate: Tensor) -> None:
         estimates.append(estimate[0])
@@ -93,6 +94,12 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
         shown = _decoded(family, [estimates[at] for at in kept])
         made["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
     return made
+
+
+def telling(captions: Sequence[str]) -> int:
+    """The number of the caption with the most words of those that have no more than can be shown; else the first."""
+    counts = [len(caption.split()) for caption in captions]
+    return max(range(len(counts)), key=lambda at: counts[at] if counts[at] <= MOST_WORDS else 0)
 
 
 def _decoded(family: Family, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:

@@ -106,7 +106,7 @@ def _cards(lines: Curves) -> list[Card]:
     picked(r".*/gap_se|(held_out|training|neutral)/loss")
     levels = [Series(f"t = {name.rpartition('_t')[2]}", points) for name, points in picked(r"held_out/gap_t\d+")]
     drift = [Series("neutral prompts", points) for _, points in picked("drift")]
-    norms = [(name.removeprefix("norm/"), points[-1][1]) for name, points in picked("norm/.*")]
+    norms = sorted(((name[5:], points[-1][1]) for name, points in picked("norm/.*")), key=lambda one: _depth(one[0]))
     rates = [Series(name.removeprefix("train/"), points) for name, points in picked(r"(train/)?lr.*")]
     gradient = [Series("each", points, faint=True, colour=0) for _, points in picked("train/grad_norm")]
     gradient += [one for _, points in picked("train/grad_norm") for one in _noisy("before clipping", points)]
@@ -131,7 +131,16 @@ def _cards(lines: Curves) -> list[Card]:
         Card("Norm of the gradient", chart(gradient, log=True)),
     ]
     rest = [name for name in sorted(lines) if name not in used and name not in ("epoch", "train/steps_per_second")]
+    rest = [name for name in rest if any(value for _, value in lines[name])]  # such as the number of skipped steps
     return [*cards, *(Card(name, chart(_noisy(name, lines[name]))) for name in rest)]
+
+
+def _depth(block: str) -> tuple[str, int, str]:
+    """Blocks in the order in which the network runs through them."""
+    component, _, name = block.partition(".")
+    order = ("conv_in", "time_", "add_", "down", "mid", "up", "conv_out")
+    place = next((at for at, start in enumerate(order) if name.startswith(start)), len(order))
+    return component, place, re.sub(r"\d+", lambda found: found[0].zfill(4), name)
 
 
 def _noisy(name: str, points: list[tuple[int, float]]) -> list[Series]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from loratune.cli import main
 from loratune.report.history import curves, read
 from loratune.training.checkpoints import read_checkpoint
+from loratune.training.evaluate import Evaluate
 
 ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog, a house]", "--evaluation.pictures", "3"]
 
@@ -118,3 +119,51 @@ def test_a_run_goes_on_from_a_lora_whose_gap_is_told_at_the_start(recipe: Path, 
     assert fit(recipe, *ON, *words, "--trainer.default_root_dir", str(tmp_path / "next")) == 0
     assert found(tmp_path / "next")["training/gap"][0][1] != 0
     assert found(tmp_path / "next")["drift"][0][1] > 0
+
+
+class Told:
+    """A trainer as far as `_watch` asks."""
+
+    global_step = 0
+
+
+def test_learning_by_heart_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    watcher = Evaluate()
+
+    def at(step: int, held_out: float, training: float) -> None:
+        watcher._at = step
+        spread = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+        watcher._watch(Told(), {"held_out": held_out + spread, "training": training + spread})  # type: ignore[arg-type]
+
+    at(10, 1.0, 1.0)
+    at(20, 0.8, 0.9)
+    at(30, 0.9, 0.95)  # both rose: too high a rate, not learning by heart
+    assert not caplog.text
+    at(40, 0.9, 0.7)
+    at(50, 1.0, 0.6)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith("step 40: held-out loss rose by 0.1000 (standard error 0.0000) since step 20")
+    again = Evaluate()
+    again.load_state_dict(watcher.state_dict())
+    watcher = again
+    at(60, 1.1, 0.5)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["--evaluation.pictures", "2"], "training/gap"),
+        (["--evaluation.prompts", "[a house, a dog]"], "drift"),
+        (["--evaluation.levels", "3"], "training/gap"),
+        (["--evaluation.seed", "1"], "training/gap"),
+    ],
+)
+def test_every_key_changes_what_is_measured(recipe: Path, tmp_path: Path, words: list[str], changed: str) -> None:
+    made = []
+    for name, more in (("one", []), ("two", words)):
+        out = ["--trainer.default_root_dir", str(tmp_path / name), "--trainer.max_steps", "2"]
+        assert fit(recipe, *ON, *out, *more) == 0
+        made.append(found(tmp_path / name)[changed][-1][1])
+    assert made[0] != made[1]
