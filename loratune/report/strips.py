@@ -24,7 +24,7 @@ FIGURES = {
     ),
     "words": (
         "Where each word is seen",
-        "Cross-attention, mean over heads, layers and steps; at each point the words' shares add up to 1.",
+        "Cross-attention, mean over heads, layers and steps: each word's share, bright where it is largest.",
     ),
 }
 """Title and note of each figure, by its name."""
@@ -66,10 +66,11 @@ def heat(picture: Image.Image, share: Tensor) -> Image.Image:
 
     Args:
         picture: of any size.
-        share: (h, w), 0 or more; it is enlarged to the picture, and its largest value is full light.
+        share: (h, w); it is enlarged to the picture, its largest value is full light and its smallest the darkest.
     """
     size = (picture.height, picture.width)
     large = F.interpolate(share[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
-    light = 0.15 + 0.85 * (large / large.max().clamp_min(1e-12))
+    apart = float(large.max() - large.min())
+    light = 0.15 + 0.85 * ((large - large.min()) / apart if apart > 1e-6 else torch.ones_like(large))
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) * light[..., None].cpu().numpy()
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

@@ -98,6 +98,7 @@ class Evaluate(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the pictures and keep what the base makes of them, while the text encoder and the VAE are here."""
+        self._step = trainer.global_step
         if self._history is not None:
             self._history.begin(trainer.global_step)
         if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
@@ -216,9 +217,9 @@ class Evaluate(L.Callback):
             return
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
-        for name, mean in zip(range_names(steps, self.levels), means(every), strict=True):
-            if mean == mean:  # none fell there
-                module.log(f"train/loss_{name}", mean, batch_size=1)
+        found = zip(range_names(steps, self.levels), means(every), strict=True)
+        # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
+        self._send(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
 
     def _send(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:

@@ -43,3 +43,5 @@ def test_heat_is_bright_where_the_map_is_high() -> None:
     assert made.shape == (8, 8, 3)
     assert made[:, 7].min() == 200
     assert made[:, 0].max() == pytest.approx(0.15 * 200, abs=1)
+    even = np.asarray(heat(Image.new("L", (8, 8), 200), torch.full((2, 2), 0.5)))
+    assert even.min() == 200
