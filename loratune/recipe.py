@@ -28,6 +28,7 @@ from loratune.training.checkpoints import Checkpoints, use_atomic
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
+from loratune.training.evaluate import Evaluate
 from loratune.training.export import Export, check_format
 from loratune.training.guard import Guard
 from loratune.training.lora_module import LoRAModule
@@ -50,7 +51,14 @@ SHORT_NAMES = (
 )
 """Imported so that recipes can name them without their modules."""
 
-SECTIONS = {"samples": SampleGrid, "export": Export, "checkpoint": Checkpoints, "run": Run, "guard": Guard}
+SECTIONS = {
+    "samples": SampleGrid,
+    "evaluation": Evaluate,
+    "export": Export,
+    "checkpoint": Checkpoints,
+    "run": Run,
+    "guard": Guard,
+}
 """What fills a recipe's sections beside trainer, model and data."""
 
 

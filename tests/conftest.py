@@ -152,6 +152,9 @@ data:
   cache: {cache}
 samples:
   every_n_steps: 0
+evaluation:
+  every_n_steps: 0
+  figures: false
 """
 
 

@@ -46,7 +46,7 @@ def draw(
     sampler: str = "ddim",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw a picture for each prompt from the noise of its own seed.
+    """Draw a picture for each prompt from the noise of its own seed: `draw_start`, decoded.
 
     Args:
         family: the model.
@@ -60,6 +60,35 @@ def draw(
 
     Returns:
         Pixels in [-1, 1], (B, 3, size, size).
+    """
+    x_0 = draw_start(family, prompts, seeds, size, steps, guidance, sampler, on_step)
+    return family.decode(x_0).clamp(-1, 1)
+
+
+@torch.no_grad()
+def draw_start(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: int,
+    steps: int = 25,
+    guidance: float = 4.0,
+    sampler: str = "ddim",
+    on_step: Callable[[int, Tensor], None] | None = None,
+    on_estimate: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """What `draw` decodes: x_0 for each prompt.
+
+    Args:
+        family: as for `draw`, like all up to on_step.
+        prompts: B of them.
+        seeds: one for each prompt.
+        size: side in pixels.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance.
+        sampler: one of SAMPLERS.
+        on_step: called with the number of steps done and x_t.
+        on_estimate: called with the number of steps done and the step's estimate of x_0; not by every sampler.
     """
     scheduler = make_sampler(sampler, family.scheduler_config)
     scheduler.set_timesteps(steps, device=family.device)
@@ -75,10 +104,13 @@ def draw(
     extra = {"generator": random} if sampler in ("ddpm", "euler-a") else {}
     for done, t in enumerate(scheduler.timesteps, 1):
         output = _predict(family, scheduler.scale_model_input(x, t), t, told, guidance if guided else 1.0)
-        x = scheduler.step(output, t, x, **extra).prev_sample
+        made = scheduler.step(output, t, x, **extra)
+        x = made.prev_sample
         if on_step:
             on_step(done, x)
-    return family.decode(x).clamp(-1, 1)
+        if on_estimate and getattr(made, "pred_original_sample", None) is not None:
+            on_estimate(done, made.pred_original_sample)
+    return x
 
 
 def _predict(family: Family, x: Tensor, t: Tensor, told: Condition, guidance: float) -> Tensor:

@@ -103,9 +103,12 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's rotation, with nothing lost: of checkpoints, of what was logged, and where a signal ends the run.
 
     A checkpoint is deleted only when the one that takes its place is on disk. Where a validation follows a step, the
-    step's checkpoint is written after it, so that a run that goes on from there has the validation's numbers.
+    step's checkpoint is written after it, so that a run that goes on from there has the validation's numbers. Where
+    `monitor` is a validation's number, the best checkpoints are chosen after each validation, and the last one is
+    written at its own steps.
     """
 
+    _judges = False
     _due = False
     _open = False
     _step = -1
@@ -130,12 +133,35 @@ class Checkpoints(ModelCheckpoint):
         self._open = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._waits and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._judge(trainer)
         if not self._due:
             return super().on_validation_end(trainer, pl_module)
         self._due = False
         super().on_train_batch_end(trainer, pl_module, None, None, 0)  # may only note that it is due
         super().on_validation_end(trainer, pl_module)
         return self._leave_if_asked(trainer)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the best are chosen by what only a validation tells."""
+        return bool(self.monitor and self.monitor not in ("step", "epoch") and not self.monitor.startswith("train/"))
+
+    def _judge(self, trainer: L.Trainer) -> None:
+        logged = trainer.callback_metrics
+        if self.monitor not in logged:
+            told = ", ".join(sorted(name for name in logged if not name.startswith("train/")))
+            raise UserError(f"checkpoint.monitor is {self.monitor}, which no validation logs; there is {told}")
+        self._judges = True
+        try:
+            self._save_topk_checkpoint(trainer, super()._monitor_candidates(trainer))
+        finally:
+            self._judges = False
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """What is known; the last checkpoint does not wait for what only a validation tells."""
+        found = super()._monitor_candidates(trainer)
+        return {str(self.monitor): torch.tensor(torch.nan)} | found if self._waits else found
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the step's numbers where they are not logged yet."""
@@ -177,6 +203,8 @@ class Checkpoints(ModelCheckpoint):
             raise NotSavedError
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._waits and not self._judges:
+            return
         with self._as_before():
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 

@@ -68,6 +68,7 @@ class DiffusionModule(L.LightningModule):
         self.strict_loading = False
         self._nothing: Condition | None = None
         self._dropouts: list[SharedDropout] = []
+        self.latest: tuple[Tensor, Tensor] | None = None  # t and the loss of each sample of the last training batch
 
     @property
     def batch_kind(self) -> str:
@@ -165,6 +166,7 @@ class DiffusionModule(L.LightningModule):
             part.share = share
         t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.alpha_bars), random))
         losses = self.losses(batch, t, random, self.objective, share)
+        self.latest = (t, losses.detach())
         loss = (losses * batch["loss_weight"]).mean() if "loss_weight" in batch else losses.mean()
         if share.count != share.total:
             loss = loss * share.weight(self.trainer.world_size)

@@ -15,7 +15,7 @@ LOCK = ".lock"
 RECIPE = "recipe.yaml"
 # What a run writes into its folder, and what `clear` therefore deletes.
 WRITTEN = (
-    *(RECIPE, "report.html", "checkpoints/*.ckpt", "tensorboard"),
+    *(RECIPE, "report.html", "history.jsonl", "figures/*.png", "checkpoints/*.ckpt", "tensorboard"),
     *("lora*.safetensors", "learned_embeds*.safetensors"),
 )
 _held: dict[Path, tuple[int, list[Path]]] = {}

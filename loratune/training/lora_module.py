@@ -76,6 +76,7 @@ class LoRAModule(DiffusionModule):
             if is_adapter(name):
                 parameter.data = parameter.data.float()  # peft takes the base's dtype, which small steps may vanish in
         self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
+        self._first_rows = [row.detach().clone() for row in self._rows]
         if lora.start_from:
             names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
             put(components, read_lora(lora.start_from, names).layers, lora.start_from)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -17,8 +17,10 @@ from loratune.adapters.lora import adapted_layers, canonical, factors
 from loratune.data.module import collate
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
+from loratune.errors import UserError
 from loratune.families.base import Family
-from loratune.families.sampling import draw
+from loratune.families.sampling import draw_start
+from loratune.formats.pictures import normalise
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
@@ -112,9 +114,19 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
     for held in shapes.values():
         for start in range(0, len(held), size):
             part = held[start : start + size]
-            batch = collate([sample for _, sample in part])
+            batch = _encoded(family, collate([sample for _, sample in part]))
             chunks.append(Chunk([number for number, _ in part], family.start(batch, None).cpu(), batch))
     return chunks
+
+
+def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as the network's family starts from it; pictures that are in no cache are encoded here."""
+    if family.batch_kind != "latents" or "mean" in batch:
+        return batch
+    with torch.no_grad():
+        made = family.encode_pictures(normalise(batch["pixels"]).to(family.device))
+    kept = {name: value for name, value in batch.items() if name != "pixels"}
+    return kept | {name: value.cpu() for name, value in made.items()}
 
 
 def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
@@ -123,12 +135,11 @@ def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, see
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
         numbers = list(range(start, start + len(part)))
-        kept: dict[int, Tensor] = {}
-        draw(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE, on_step=kept.__setitem__)
+        x_0 = draw_start(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE)
         batch: dict[str, Any] = {"name": part, "caption": part}
         if module.text_is_frozen:
             batch["condition"] = {name: value.cpu() for name, value in family.encode_text(part).items()}
-        chunks.append(Chunk(numbers, kept[max(kept)].cpu(), batch))
+        chunks.append(Chunk(numbers, x_0.cpu(), batch))
     return chunks
 
 
@@ -146,6 +157,8 @@ def outputs(
     for chunk in chunks:
         batch = move_data_to_device(chunk.batch, device)
         x_0, told = chunk.x_0.to(device), module._condition(batch, None)
+        if "sizes" in batch:
+            told = {**told, "sizes": batch["sizes"]}
         for part, step in enumerate(levels(len(family.alpha_bars), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
@@ -162,6 +175,10 @@ def outputs(
 def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Within it the module evaluates: no dropout, averaged weights, the run's precision; then all is as it was."""
     modes = {part: part.training for part in module.modules()}
+    # A compiled network would be compiled again for each shape and without the adapter.
+    compiled = {part: made for part in module.modules() if (made := part._compiled_call_impl) is not None}
+    for part in compiled:
+        part._compiled_call_impl = None
     module.eval()
     try:
         with torch.no_grad(), averaged(trainer, module), trainer.precision_plugin.forward_context():
@@ -169,6 +186,8 @@ def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+        for part, made in compiled.items():
+            part._compiled_call_impl = made
 
 
 @contextmanager
@@ -216,19 +235,33 @@ def _holding(parameter: Tensor, value: Tensor) -> Iterator[None]:
         parameter.data.copy_(before)
 
 
+def check_weights(module: Any, weights: Sequence[float]) -> None:
+    """See that a module can be drawn with its adapter at these weights.
+
+    Raises:
+        UserError: it has none, or one that was taken from W_0, of which only 0 and 1 can be drawn.
+    """
+    if not any(adapted_layers(part) for part in _parts(module)):
+        if any(weight != 1 for weight in weights):
+            raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
+        return
+    if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
+        told = "with lora.init pissa and olora only 0 and 1 can be drawn"
+        raise UserError(f"samples.weights has {odd[0]:g}: {told}; change either")
+
+
 @contextmanager
 def weighted(module: Any, weight: float) -> Iterator[None]:
     """Within it adapters count `weight` times as much as trained; 0 is the base alone.
 
     Raises:
-        ValueError: the adapter was taken from W_0, and the weight is neither 0 nor 1.
+        UserError: as `check_weights`.
     """
+    check_weights(module, [weight])
     if weight == 0:
         with base_alone(module):
             yield
         return
-    if weight != 1 and getattr(module, "_start", {}):
-        raise ValueError(f"samples.weights has {weight:g}: with lora.init pissa and olora only 0 and 1 can be drawn")
     layers = [layer for part in _parts(module) for layer in adapted_layers(part).values()]
     held = [dict(layer.scaling) for layer in layers]
     try:
@@ -241,21 +274,37 @@ def weighted(module: Any, weight: float) -> Iterator[None]:
 
 
 def _parts(module: Any) -> Sequence[nn.Module]:
-    return list(module.family.components().values())
+    family = getattr(module, "family", None)
+    return list(family.components().values()) if family is not None else []
+
+
+def rise(now: Tensor, best: Tensor) -> Gap | None:
+    """How far losses (n, k) are above those of an earlier step: None where it is within two standard errors."""
+    found = gap(now, best)
+    return found if found.mean > 2 * found.error else None  # False for nan
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found at a step: the gap of each set of pictures, and the drift (nan where there are no prompts)."""
+    """What was found at a step.
+
+    Args:
+        step: of the run.
+        gaps: of each set of pictures.
+        drift: nan where there are no prompts.
+        levels: the held-out pictures' mean gap at each step of the process at which they were compared.
+    """
 
     step: int
     gaps: dict[str, Gap]
     drift: float
+    levels: dict[int, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """As they are logged; what is not a number is left out."""
         found: dict[str, float] = {}
         for name, one in self.gaps.items():
             found |= {f"{name}/gap": one.mean, f"{name}/gap_se": one.error, f"{name}/loss": one.adapted}
+        found |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
         found["drift"] = self.drift
         return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from loratune.families.base import Family
 from loratune.families.sampling import draw
 from loratune.formats.pictures import to_picture
-from loratune.report.grids import captioned
-from loratune.training.ema import averaged
+from loratune.report.grids import captioned, grid
+from loratune.training.figures import save_figure
+from loratune.training.paired import check_weights, evaluating, weighted
 
 
 class SampleGrid(L.Callback):
@@ -25,6 +29,7 @@ class SampleGrid(L.Callback):
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
+        weights: of the LoRA, a row of pictures for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -35,12 +40,22 @@ class SampleGrid(L.Callback):
         steps: int = 20,
         guidance: float = 4.0,
         sampler: str = "ddim",
+        weights: tuple[float, ...] = (1.0,),
     ) -> None:
         if every_n_steps < 0 or steps < 1:
             raise ValueError("samples: give every_n_steps of 0 or more, and steps of 1 or more")
+        if not weights or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"samples.weights is {list(weights)}; give one number or more, such as [0, 0.5, 1]")
+        self.weights = tuple(weights)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance, self.sampler = steps, guidance, sampler
         self._drawn_at = -1
+        self._base: Tensor | None = None  # the base's drawings, which do not change
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse weights that cannot be drawn."""
+        if self.every_n_steps and self.weights != (1.0,):
+            check_weights(pl_module, self.weights)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._maybe(trainer, pl_module)
@@ -63,25 +78,31 @@ class SampleGrid(L.Callback):
             return
         self._drawn_at = step
         prompts = self.prompts or _captions(trainer)
-        was_training = pl_module.training
-        pl_module.eval()
-        with averaged(trainer, pl_module), trainer.precision_plugin.forward_context():
-            pixels = draw(
-                family,
-                prompts,
-                [self.seed + i for i in range(len(prompts))],
-                trainer.datamodule.size,  # type: ignore[attr-defined]
-                self.steps,
-                self.guidance,
-                self.sampler,
-            )
-        pl_module.train(was_training)
-        sheet = captioned([to_picture(one) for one in pixels], prompts, cell=max(128, pixels.shape[-1]))
+        with evaluating(trainer, pl_module):
+            rows = [self._row(trainer, pl_module, family, prompts, weight) for weight in self.weights]
+        cell = max(128, rows[0].shape[-1])
+        pictures = [[to_picture(one) for one in row] for row in rows]
+        if len(rows) == 1:
+            sheet = captioned(pictures[0], prompts, cell=cell)
+        else:
+            sheet = grid(pictures, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
+        save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-                if step == 0:
-                    logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
+            if isinstance(logger, TensorBoardLogger) and step == 0:
+                logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
+
+    def _row(
+        self, trainer: L.Trainer, module: L.LightningModule, family: Family, prompts: Sequence[str], weight: float
+    ) -> Tensor:
+        if weight == 0 and self._base is not None:
+            return self._base
+        size = trainer.datamodule.size  # type: ignore[attr-defined]
+        with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
+            seeds = [self.seed + i for i in range(len(prompts))]
+            pixels = draw(family, prompts, seeds, size, self.steps, self.guidance, self.sampler).cpu()
+        if weight == 0:
+            self._base = pixels
+        return pixels
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

@@ -87,7 +87,8 @@ def ours(words: list[str], steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         recipe = str(ROOT / "recipes" / "quickstart.yaml")
         given = ["-c", recipe, "--trainer.max_steps", str(WARM + steps + 1), "--trainer.default_root_dir", folder]
-        given += ["--samples.every_n_steps", "0", "--trainer.limit_val_batches", "0", "--data.batch_size", str(BATCH)]
+        given += ["--samples.every_n_steps", "0", "--evaluation.every_n_steps", "0", "--evaluation.figures", "false"]
+        given += ["--trainer.limit_val_batches", "0", "--data.batch_size", str(BATCH)]
         cli = run([*given, "--trainer.enable_progress_bar", "false", *words], execute=False)
         cli.trainer.callbacks.append(clock)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loratune.errors import UserError
 from loratune.families.files import load_family
 from loratune.families.pixels import PixelDDPM
-from loratune.families.sampling import SAMPLERS, draw, make_sampler
+from loratune.families.sampling import SAMPLERS, draw, draw_start, make_sampler
 from loratune.families.stable_diffusion import StableDiffusion
 from loratune.verbs import sample
 
@@ -161,3 +161,16 @@ def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: st
         sample(str(tiny_base), [], ["x"], tmp_path / "out", guidance=1.0, sampler="ddim", seed=0, size=None,
                device="cpu", **values)  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_estimates_of_the_picture_end_in_the_picture(family: StableDiffusion) -> None:
+    states: list[Tensor] = []
+    estimates: list[Tensor] = []
+    end = draw_start(
+        family, ["x"], [0], 16, 4, on_step=lambda _, x: states.append(x), on_estimate=lambda _, x: estimates.append(x)
+    )
+    assert len(states) == len(estimates) == 4
+    assert torch.equal(states[-1], end)
+    assert torch.allclose(estimates[-1], end, atol=1e-5)  # the last step goes to t = 0
+    assert not torch.allclose(estimates[0], end, atol=1e-3)
+    assert torch.equal(draw(family, ["x"], [0], 16, 4), family.decode(end).clamp(-1, 1))
