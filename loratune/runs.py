@@ -79,9 +79,16 @@ def check_data(chosen: Any) -> None:
         refuse_faults(data, model)
     elif is_first():
         data.check()
-    base = model.get("base")
-    if isinstance(base, str) and (path := find_base(base)).exists():
-        data.check_sizes(Sides(configs_of_file(path)))
+    if (configs := _configs(model.get("base"))) is not None:
+        data.check_sizes(Sides(configs))
+
+
+def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
+    """Of a named base; what is wrong with it is told when it is loaded, after all that is wrong with the recipe."""
+    try:
+        return configs_of_file(find_base(base)) if isinstance(base, str) else None
+    except UserError:
+        return None
 
 
 def refuse_faults(data: CaptionedImages, model: Any) -> None:
