@@ -21,9 +21,10 @@ import lightning as L
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = "recipes/quickstart.yaml"
+SDPA = ["--model.memory.attention", "sdpa"]  # as in the full recipe
 CASES = {
-    "LoRA, cross-attention": ["-c", QUICKSTART, "--model.lora.targets", "cross-attention"],
-    "LoRA, all layers": ["-c", QUICKSTART],
+    "LoRA, cross-attention": ["-c", QUICKSTART, *SDPA, "--model.lora.targets", "cross-attention"],
+    "LoRA, all layers": ["-c", QUICKSTART, *SDPA],
     "full": ["-c", "recipes/full-finetune.yaml"],
 }
 WARM_UP = 10

@@ -39,6 +39,7 @@ def cpu_rows(compile: bool) -> dict[str, dict[str, Any]]:
         "loratune, float32": {"words": ["--trainer.precision", "32-true"]},
         "loratune, bf16, channels first": {"words": ["--model.memory.channels_last", "false"]},
         "loratune, bf16": {"words": []},
+        "loratune, bf16, the base held in bf16": {"words": ["--model.memory.dtype", "bfloat16"]},
     }
     if compile:
         rows["loratune, bf16, compiled"] = {"words": ["--model.memory.compile", "true"]}
