@@ -84,3 +84,23 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
     if "class_path" not in shipped["model"]:
         assert "lora.safetensors" in made or shipped["model"].get("lora", {}).get("targets") == "none"
         assert ("learned_embeds.safetensors" in made) == ("tokens" in shipped["model"])
+
+
+@pytest.mark.parametrize("name", ["character", "sd15-style", "concept-token", "sdxl-qlora"])
+def test_a_recipe_trains_the_embedded_base(name: str, pictures: Path, tmp_path: Path) -> None:
+    shipped = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    stands = {"base": "builtin:emoji-64", "path": str(pictures), "size": 16, "batch_size": 2}
+    settings = stand_in(shipped, stands)
+    assert keys_of(settings) == keys_of(shipped)
+    out = tmp_path / "run"
+    settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
+    if "buckets" in settings["data"]:
+        settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
+    settings["data"]["cache"] = str(tmp_path / "cache")
+    settings["samples"]["every_n_steps"] = 0
+    settings["evaluation"] = {"every_n_steps": 0, "figures": False}
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    assert main(["fit", "-c", str(recipe), "--trainer.enable_progress_bar", "false"]) == 0
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == STEPS
+    assert (out / "lora.safetensors").is_file()
