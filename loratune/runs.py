@@ -78,7 +78,7 @@ def check_data(chosen: Any) -> None:
     if is_first() and data.strict:
         refuse_faults(data, model)
     elif is_first():
-        data.check()
+        data.check(warn=False)
     if (configs := _configs(model.get("base"))) is not None:
         data.check_sizes(Sides(configs))
 

@@ -37,6 +37,16 @@ def keys_of(tree: Any, prefix: str = "") -> set[str]:
     return here.union(*(keys_of(value, f"{prefix}{key}.") for key, value in tree.items()))
 
 
+def placed(settings: dict[str, Any], tmp_path: Path) -> Path:
+    """Settings for two steps on a CPU in a folder; returns the run's."""
+    out = tmp_path / "run"
+    settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
+    if "buckets" in settings["data"]:
+        settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
+    settings["data"]["cache"] = str(tmp_path / "cache")
+    return out
+
+
 @pytest.fixture
 def small_vae(tmp_path: Path) -> Path:
     """A VAE that was trained before, as it were."""
@@ -66,11 +76,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
     }
     settings = stand_in(shipped, stands)
     assert keys_of(settings) == keys_of(shipped)
-    out = tmp_path / "run"
-    settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
-    if "buckets" in settings["data"]:
-        settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
-    settings["data"]["cache"] = str(tmp_path / "cache")
+    out = placed(settings, tmp_path)
     samples = settings.setdefault("samples", {})
     samples |= {"steps": 1, "every_n_steps": STEPS if samples.get("every_n_steps", STEPS) else 0}
     recipe = tmp_path / path.name
@@ -92,11 +98,7 @@ def test_a_recipe_trains_the_embedded_base(name: str, pictures: Path, tmp_path: 
     stands = {"base": "builtin:emoji-64", "path": str(pictures), "size": 16, "batch_size": 2}
     settings = stand_in(shipped, stands)
     assert keys_of(settings) == keys_of(shipped)
-    out = tmp_path / "run"
-    settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
-    if "buckets" in settings["data"]:
-        settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
-    settings["data"]["cache"] = str(tmp_path / "cache")
+    out = placed(settings, tmp_path)
     settings["samples"]["every_n_steps"] = 0
     settings["evaluation"] = {"every_n_steps": 0, "figures": False}
     recipe = tmp_path / f"{name}.yaml"

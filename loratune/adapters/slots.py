@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratune.errors import UserError
 from loratune.formats.architectures import canonical_text_name, entries, module_names
-from loratune.formats.headers import ITEM_SIZES, Header, TensorInfo
+from loratune.formats.headers import Header, TensorInfo
 from loratune.formats.layouts import Config, Place, Shape
 
 
@@ -77,8 +77,3 @@ def component_slots(component: str, files: Mapping[Path, Header]) -> dict[str, S
                 named = name if component == "unet" else canonical_text_name(name)
                 slots[f"{component}.{named}"] = Slot(path, key, info.dtype, info.shape, info.start, info.stop)
     return slots
-
-
-def item_size(slot: Slot) -> int:
-    """Bytes of one of a slot's numbers."""
-    return ITEM_SIZES[slot.dtype]

@@ -121,19 +121,22 @@ class CaptionedImages(L.LightningDataModule):
         settings = (self.buckets, self.captions, self.augment, self.validation_percent, self.split_by)
         return Collection(self.sources, opened, self.size, *settings)
 
-    def check(self) -> None:
+    def check(self, warn: bool = True) -> None:
         """See, by names, captions and the headers of pictures with masks, that the sources can be trained on.
+
+        Args:
+            warn: tell what is no error; `setup` does, so who checks before it need not.
 
         Raises:
             UserError: a source is empty, a picture has no caption, or a mask has another size than its picture.
         """
         collection = self.collection
-        self._check_captions(collection)
+        self._check_captions(collection, warn)
         for number, masks in enumerate(collection.masks):
             if masks is not None:
-                self._check_masks(number, collection)
+                self._check_masks(number, collection, warn)
 
-    def _check_captions(self, collection: Collection) -> None:
+    def _check_captions(self, collection: Collection, warn: bool) -> None:
         missing = [name for source in collection.sources for name in source.without_caption()]
         if not missing:
             return
@@ -141,9 +144,10 @@ class CaptionedImages(L.LightningDataModule):
         message = f"{where}: {len(missing)} of {len(collection)} pictures have no caption: {_listed(missing)}"
         if not self.allow_missing_captions:
             raise UserError(f"{message}; write them, or set data.allow_missing_captions: true")
-        log.warning("%s", message)
+        if warn:
+            log.warning("%s", message)
 
-    def _check_masks(self, number: int, collection: Collection) -> None:
+    def _check_masks(self, number: int, collection: Collection, warn: bool) -> None:
         told, source = self.sources[number], collection.sources[number]
         bare = []
         for index, sample in enumerate(source):
@@ -154,7 +158,7 @@ class CaptionedImages(L.LightningDataModule):
                 continue  # told of when it is read
         if len(bare) == len(source):
             raise UserError(f"{told.masks}: has a mask for none of the pictures of {told.path}; give them their names")
-        if bare:
+        if bare and warn:
             log.warning("%s: %d pictures have no mask and count whole: %s", told.masks, len(bare), _listed(bare))
 
     def setup(self, stage: str) -> None:

@@ -141,10 +141,6 @@ def render(page: Page) -> str:
     )
 
 
-def _fact(fact: tuple[str, str]) -> str:
-    return f'<div class="fact"><b>{escape(fact[1])}</b><span>{escape(fact[0])}</span></div>'
-
-
 def _card(card: Card) -> str:
     note = f'<p class="soft">{escape(card.note)}</p>' if card.note else ""
     return f'<section class="card"><h3>{escape(card.title)}</h3>{note}{card.body}</section>'
