@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
+from loratune.adapters.fused import fuse
 from loratune.errors import UserError
 from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 
@@ -179,6 +180,9 @@ def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
         kind = LoHaConfig if lora.kind == "loha" else LoKrConfig
         config = kind(**shared, alpha=lora.scaled_alpha, rank_dropout=lora.dropout)
     inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    for layer in adapted_layers(module).values():
+        if lora.kind == "lora":
+            fuse(cast(LoraLayer, layer), ADAPTER)
     return targets
 
 

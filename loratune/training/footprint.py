@@ -111,7 +111,9 @@ class Rules(TorchFunctionMode):
             q, k, v = _cast(args[:3], self.dtype)
             self.flops += 4 * q.numel() * k.shape[-2]
             return _Flash.apply(q, k, v)
-        dtype = self.dtype if func in self.LOW else torch.float32 if self._wide(func) else None
+        dtype = torch.float32 if self._wide(func) else None
+        if func in self.LOW:  # without autocast an adapter in float32 takes what a base in bfloat16 gives
+            dtype = self.dtype or torch.float32 if _mixed(args) else self.dtype
         names, values = list(kwargs), list(kwargs.values())
         return func(*_cast(args, dtype), **dict(zip(names, _cast(values, dtype), strict=True)))
 
@@ -128,6 +130,10 @@ class Rules(TorchFunctionMode):
 
     def _wide(self, func: Any) -> bool:
         return self.gpu and self.dtype is not None and func in self.WIDE
+
+
+def _mixed(values: Sequence[Any]) -> bool:
+    return len({value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}) > 1
 
 
 def _cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:

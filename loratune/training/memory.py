@@ -13,6 +13,7 @@ from loratune.families.base import Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FROM_BASE = ("pissa", "olora")
+SHAPES = 64  # of batches that are compiled, beyond which torch computes as it is
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Memory:
         checkpointing: compute activations again in the backward pass instead of keeping them (Chen 2016).
         attention: sdpa, torch's fused kernel; or plain, the products written out, which on a CPU is faster for short
             sequences (the embedded base: a fifth off each step) and keeps L S numbers for each head.
-        channels_last: hold convolutions with the channels last, which is faster on most devices.
-        compile: compile the network with torch.compile; the first step of each shape takes minutes.
+        channels_last: hold convolutions, the adapters' too, with the channels last, which is faster on most devices.
+        compile: train through torch.compile; the first step of each picture size takes minutes.
         release: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
     """
 
@@ -101,8 +102,36 @@ class Memory:
             for name in trained_text:
                 part: Any = family.components()[name]
                 part.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.channels_last:
+            for parameter in family.network.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if self.compile:
-            family.network.compile()
+            compile_steps(family.network)
+
+
+def compile_steps(network: Any) -> None:
+    """Let training steps go through torch.compile, each shape of batch by a program of its own.
+
+    What comes without gradients (validation, drawings, comparisons) and a batch of fewer pictures than the largest
+    before it (the rest of a size) is computed as it is: a program made for any number of pictures would be slower
+    for all, and one for each number would take longer to make than it saves.
+
+    Args:
+        network: changed in place; called with the batch first.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    plain, compiled = network.forward, torch.compile(network.forward, dynamic=False)
+    most = 0
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal most
+        if x.is_meta or not torch.is_grad_enabled() or len(x) < most:
+            return plain(x, *args, **kwargs)
+        most = len(x)
+        return compiled(x, *args, **kwargs)
+
+    network.forward = forward
 
 
 def quantise(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:

@@ -175,10 +175,6 @@ def outputs(
 def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Within it the module evaluates: no dropout, averaged weights, the run's precision; then all is as it was."""
     modes = {part: part.training for part in module.modules()}
-    # A compiled network would be compiled again for each shape and without the adapter.
-    compiled = {part: made for part in module.modules() if (made := part._compiled_call_impl) is not None}
-    for part in compiled:
-        part._compiled_call_impl = None
     module.eval()
     try:
         with torch.no_grad(), averaged(trainer, module), trainer.precision_plugin.forward_context():
@@ -186,8 +182,6 @@ def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
-        for part, made in compiled.items():
-            part._compiled_call_impl = made
 
 
 @contextmanager

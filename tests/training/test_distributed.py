@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +22,9 @@ from loratune.training.randomness import Share, SharedDropout, dropout, share_dr
 
 LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"
 WORDS = ["--model.objective", "{caption_dropout: 0.3, offset_noise: 0.1}", "--trainer.callbacks+", "EMA"]
+WORDS += ["--trainer.callbacks+", "gradients.Gradients", "--data.buckets", "{step: 8, smallest: 8, largest: 32}"]
+SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of pictures in turn
+STEPS = 6
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
@@ -39,10 +44,15 @@ def command(recipe: Path, out: Path, batch: int, *words: str) -> list[str]:
     return ["fit", "-c", str(own), *where, *WORDS, *words]
 
 
+def own_environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """Of a process that finds this folder's callback and knows of no other launcher."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
+    return plain | {"PYTHONPATH": str(Path(__file__).parent)} | (more or {})
+
+
 def run(words: list[str], environment: dict[str, str] | None = None) -> None:
     """Run to the end as a process of its own."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
-    done = subprocess.run(words, env=plain | (environment or {}), capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=own_environment(environment), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
@@ -71,7 +81,13 @@ def close(one: Path, two: Path) -> None:
             assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-5), key
 
 
-def test_two_processes_train_what_one_trains(recipe: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_two_processes_train_what_one_trains(
+    recipe: Path, pictures: Path, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    """The same gradients in each step, with batches of several sizes, some with fewer pictures than processes."""
+    for path, size in zip(sorted(pictures.glob("*.png")), SIZES * 2, strict=True):
+        with Image.open(path) as picture:
+            picture.resize(size).save(path)
     one, two = tmp_path / "one", tmp_path / "two"
     run([*LORATUNE, *command(recipe, one, 4)])
     # The second half is launched in another way, and goes on in the middle of an epoch.
@@ -82,10 +98,16 @@ def test_two_processes_train_what_one_trains(recipe: Path, tmp_path: Path, slurm
     assert held["global_step"] == 4
     assert len(held["loratune"]["generators"]) == 2
     words, same = [*LORATUNE, *launched, "--ckpt_path", "last"], slurm | {"MASTER_PORT": free_port()}
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
-    both = [subprocess.Popen(words, env=plain | same | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
+    ranks = [same | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+    both = [subprocess.Popen(words, env=own_environment(rank)) for rank in ranks]
     assert [process.wait() for process in both] == [0, 0]
     close(one, two)
+    for step in range(STEPS):
+        first, second = (load_file(path / f"gradients-{step}.safetensors") for path in (one, two))
+        assert first.keys() == second.keys()
+        assert any(bool(value.any()) for value in first.values())
+        for key, value in first.items():
+            assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-6), (step, key)
     # Each process encoded its share of the pictures.
     assert len(list((tmp_path / "two-cache").rglob("*.safetensors"))) == 12
 

@@ -164,24 +164,45 @@ def test_plain_attention_is_refused_where_layers_do_more() -> None:
 
 @pytest.mark.parametrize("last", [True, False])
 def test_channels_last(tiny_base: Path, last: bool) -> None:
-    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(channels_last=last))
-    weight = module.family.network.down_blocks[0].resnets[0].conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) == last
+    module = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"), memory=Memory(channels_last=last))
+    layer = module.family.network.down_blocks[0].resnets[0].conv1
+    for weight in (layer.base_layer.weight, layer.lora_A["default"].weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
-def test_compile_runs_the_network_through_torch_compile(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+def test_compile_takes_training_steps_alone_and_only_whole_batches(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: (compiled.append(a), original(*a, **k, backend="eager"))[1])
+
+    def compile(made: Any, **words: Any) -> Any:
+        assert words == {"dynamic": False}
+        through = original(made, **words, backend="eager")
+        return lambda x, *a, **k: (taken.append(len(x)), through(x, *a, **k))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
     plain = LoRAModule(str(tiny_base), LoRA(rank=4))
     module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(compile=True))
-    assert len(compiled) == 1
     assert module.state_dict().keys() == plain.state_dict().keys()
-    calls: list[int] = []
-    monkeypatch.setattr(module.family.network, "_compiled_call_impl", lambda *a, **k: calls.append(1))
-    with pytest.raises(AttributeError):
-        output_of(module)
-    assert calls
+    told = module.family.encode_text(["a disc"] * 4)
+
+    def given(count: int) -> torch.Tensor:
+        x_t = torch.ones(count, *module.family.start_shape(16))
+        return module.family.denoise(x_t, torch.full((count,), 500), {"text": told["text"][:count]})
+
+    for count in (2, 1, 4, 2, 4):
+        given(count)
+    assert taken == [2, 4, 4]
+    with torch.no_grad():
+        given(4)
+    assert taken == [2, 4, 4]
+    for name, value in plain.named_parameters():
+        if "lora_" in name:
+            value.data = torch.ones_like(value) / 50
+    module.load_state_dict(plain.state_dict(), strict=False)
+    expected = plain.family.denoise(torch.ones(4, *module.family.start_shape(16)), torch.full((4,), 500), told)
+    assert torch.allclose(given(4), expected, atol=1e-5)
 
 
 def small(recipe: Path, *more: str) -> list[str]:
