@@ -21,6 +21,7 @@ WARNINGS = (
     ".*in eval mode at the start of training",  # the frozen parts
     ".*your dataloader is not resumable",  # it is: the order follows from the batches consumed
     ".*smaller than the logging interval",
+    ".*when logging on epoch level in distributed",  # every process computes the same
     ".*`isinstance\\(treespec",
     ".*lr_scheduler.step",
     "Detected call of",

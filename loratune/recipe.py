@@ -36,6 +36,7 @@ from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
 from loratune.training.resume import Run
 from loratune.training.samples import SampleGrid
+from loratune.training.sharding import check_strategy
 from loratune.training.stopping import SIGNALS
 from loratune.training.triggers import check_prefixes
 
@@ -149,6 +150,9 @@ class RecipeCLI(LightningCLI):
             config.weights_only = True  # a checkpoint is data; nothing in it is run
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+        check_strategy(
+            config.trainer.strategy, lambda key: config.get(f"model.{key}") or config.get(f"model.init_args.{key}")
+        )
         memory = config.get("model.memory") or config.get("model.init_args.memory")
         check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
         check_format(config.export.format, config.get("model.lora.kind") or config.get("model.init_args.lora.kind"))

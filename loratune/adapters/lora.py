@@ -16,6 +16,7 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
 from loratune.adapters.fused import fuse
+from loratune.adapters.whole import whole
 from loratune.errors import UserError
 from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 
@@ -226,7 +227,7 @@ def collect(
     for component, module in components.items():
         for name, layer in adapted_layers(module).items():
             full = f"{component}.{canonical(component, name)}"
-            held = {key: value.detach().float().cpu().clone() for key, value in factors(layer).items()}
+            held = {key: whole(value).detach().float().cpu().clone() for key, value in factors(layer).items()}
             layers[full] = _as_file(layer, held, (start or {}).get(full))
     return layers
 

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from loratune.adapters.whole import cut_like, whole
 from loratune.errors import UserError
 from loratune.training.schedules import evaluated, switching
 
@@ -37,7 +38,6 @@ class EMA(L.Callback):
         trained = _trained(pl_module)
         if not self.average:
             self.average = {name: value.detach().clone() for name, value in trained.items()}
-        self.average = {name: value.to(trained[name].device) for name, value in self.average.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -45,8 +45,14 @@ class EMA(L.Callback):
             return  # gradients are still being accumulated
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        trained = _trained(pl_module)
+        trained = self._beside(pl_module)
         torch._foreach_lerp_(list(self.average.values()), [trained[name] for name in self.average], 1 - decay)
+
+    def _beside(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        """The trained weights, with the average on their devices: a checkpoint's may come after the run is set up."""
+        trained = _trained(pl_module)
+        self.average = {name: cut_like(value, trained[name]) for name, value in self.average.items()}
+        return trained
 
     @contextmanager
     def applied(self, pl_module: L.LightningModule) -> Iterator[None]:
@@ -54,7 +60,7 @@ class EMA(L.Callback):
         if self._applied or not self.average:
             yield
             return
-        trained = _trained(pl_module)
+        trained = self._beside(pl_module)
         kept = {name: value.detach().clone() for name, value in trained.items()}
         self._applied = True
         try:
@@ -73,7 +79,8 @@ class EMA(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average and how many steps are in it."""
-        return {"average": self.average, "steps": self.steps}
+        average = {name: whole(value) for name, value in self.average.items()}
+        return {"average": average, "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -37,6 +37,7 @@ from loratune.training.paired import (
 )
 from loratune.training.ranges import add, means, range_names
 from loratune.training.run_page import write_page
+from loratune.training.sharding import draws
 
 log = logging.getLogger(__name__)
 NEUTRAL = ("a dog", "a red car", "a house", "a person", "a bowl of fruit", "a mountain")
@@ -103,7 +104,7 @@ class Evaluate(L.Callback):
             self._history.begin(trainer.global_step)
         if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
             return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
             told = type(trainer.strategy).__name__
             log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
             return
@@ -143,7 +144,7 @@ class Evaluate(L.Callback):
         """The figures and the page, when all else is done."""
         family = getattr(pl_module, "family", None)
         released = getattr(getattr(pl_module, "memory", None), "release", False)
-        if self.figures and isinstance(family, Family) and not released and trainer.is_global_zero:
+        if self.figures and isinstance(family, Family) and not released and draws(trainer):
             draw_figures(trainer, pl_module, family, self.seed)
         self._write(trainer)
 

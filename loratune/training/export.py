@@ -23,6 +23,7 @@ from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.ema import averaged
 from loratune.training.lora_module import LoRAModule
+from loratune.training.sharding import draws
 from loratune.training.verify import verify
 
 __all__ = ["Export", "verify"]
@@ -95,11 +96,13 @@ class Export(L.Callback):
                 save_diffusers_folder(family, folder / f"base-{trainer.global_step}", self.dtype)
 
     def _write_lora(self, trainer: L.Trainer, module: LoRAModule, name: str) -> None:
-        if not trainer.is_global_zero:
+        if not draws(trainer):
             return
         path = Path(trainer.default_root_dir) / name
         with averaged(trainer, module):
             layers, rows = module.layers(), module.rows()
+        if not trainer.is_global_zero:
+            return
         if layers:
             write_lora(path, LoRAFile(layers, self._metadata(trainer, module, layers)), self.format, self.dtype)
             verify(path, layers, self.format, self.dtype)

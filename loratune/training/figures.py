@@ -50,7 +50,8 @@ def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, 
     """Draw and save them; a device without the memory for it loses them, and not the run."""
     try:
         with evaluating(trainer, module):
-            for name, picture in figures(family, getattr(trainer, "datamodule", None), seed).items():
+            made = figures(family, getattr(trainer, "datamodule", None), seed)
+            for name, picture in made.items() if trainer.is_global_zero else ():
                 save_figure(trainer, picture, name, f"figures/{name}")
     except (torch.OutOfMemoryError, MemoryError) as error:
         log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])

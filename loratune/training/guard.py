@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from loratune.adapters.whole import whole
 from loratune.errors import UserError
 from loratune.training.checkpoints import checkpoints_of
 
@@ -130,7 +131,7 @@ def is_bad(gradients: list[Any], loss_ok: Tensor | None) -> Tensor | None:
     bad = None if loss_ok is None else ~loss_ok
     if not gradients:
         return bad
-    wrong = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    wrong = ~torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients)))
     return wrong if bad is None else bad.to(wrong.device) | wrong
 
 

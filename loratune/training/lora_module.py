@@ -23,6 +23,7 @@ from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.memory import Memory
 from loratune.training.objectives import Objective
 from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.sharding import shard
 
 
 class LoRAModule(DiffusionModule):
@@ -81,6 +82,7 @@ class LoRAModule(DiffusionModule):
             names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
             put(components, read_lora(lora.start_from, names).layers, lora.start_from)
         memory.arrange(self.family, encoded if lora.text_encoder or tokens is not None else ())
+        self._is_cut = False
         self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
 
     def _text_family(self, key: str) -> StableDiffusion:
@@ -97,6 +99,16 @@ class LoRAModule(DiffusionModule):
     def rows(self) -> dict[str, Tensor]:
         """The new token's rows as they stand, (v, d) for each text encoder; none where no token is learned."""
         return rows_of(self._text_family("tokens").text_parts()) if self.tokens else {}
+
+    def configure_model(self) -> None:
+        """Cut the network, and what text encoders are trained, over the devices where the strategy asks for it."""
+        mesh = self._device_mesh
+        if mesh is None or self._is_cut:
+            return
+        for name, part in self.family.components().items():
+            if name == "unet" or any(parameter.requires_grad for parameter in part.parameters()):
+                shard(part, mesh["data_parallel"])
+        self._is_cut = True
 
     def on_fit_start(self) -> None:
         """Refuse data in which the new token never occurs: it would be trained on nothing."""

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from loratune.adapters.whole import whole
+
 
 class Monitor(L.Callback):
     """Says what is trained, and logs train/grad_norm (before clipping) and train/steps_per_second."""
@@ -38,7 +40,7 @@ class Monitor(L.Callback):
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        pl_module.log("train/grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step

@@ -17,6 +17,7 @@ from loratune.formats.pictures import to_picture
 from loratune.report.grids import captioned, grid
 from loratune.training.figures import save_figure
 from loratune.training.paired import check_weights, evaluating, weighted
+from loratune.training.sharding import draws
 
 
 class SampleGrid(L.Callback):
@@ -74,12 +75,14 @@ class SampleGrid(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         family = getattr(pl_module, "family", None)
         step = trainer.global_step
-        if not isinstance(family, Family) or not trainer.is_global_zero or step == self._drawn_at:
+        if not isinstance(family, Family) or not draws(trainer) or step == self._drawn_at:
             return
         self._drawn_at = step
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
             rows = [self._row(trainer, pl_module, family, prompts, weight) for weight in self.weights]
+        if not trainer.is_global_zero:
+            return
         cell = max(128, rows[0].shape[-1])
         pictures = [[to_picture(one) for one in row] for row in rows]
         if len(rows) == 1:

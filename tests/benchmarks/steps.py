@@ -3,7 +3,8 @@
     python tests/benchmarks/steps.py [--steps 12] [--compile] [--only cpu|gpu]
 
 On the CPU: the embedded base, batch 16 of 64-pixel pictures, LoRA of rank 16 on all layers. On a GPU: SD 1.5 at 512 and
-SDXL at 1024 with random weights. Every row is a process of its own; the first 3 steps are not counted.
+SDXL at 1024 with random weights. Every row is a process of its own; the first 3 steps are not counted. On the CPU the
+rows take turns of a few steps, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
-BATCH, WARM = 16, 3
+BATCH, WARM, TURN = 16, 3, 4
+MARK = "@row"
 FLOOR = {"sd15": 1.67, "sdxl": 14.0}  # TFLOP a picture, forward and backward with LoRA on cross-attention
 SIZES = {"sd15": 512, "sdxl": 1024}
 
@@ -58,10 +59,18 @@ def gpu_rows() -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"loratune: {told}{''.join(f', {key}' for key in memory)}", {"memory": memory, **one}
 
 
+def turn() -> None:
+    """In a child: wait until it is this row's turn."""
+    print(MARK, "ready", flush=True)
+    sys.stdin.readline()
+
+
 def timed(step: Callable[[], Any], steps: int) -> float:
     """Steps per second, by the median."""
     taken = []
     for number in range(WARM + steps):
+        if number >= WARM and (number - WARM) % TURN == 0:
+            turn()
         since = time.perf_counter()
         step()
         if torch.cuda.is_available():
@@ -72,29 +81,33 @@ def timed(step: Callable[[], Any], steps: int) -> float:
 
 
 def ours(words: list[str], steps: int) -> float:
-    """Steps per second of `loratune fit`, by what its trainer does between two batches."""
+    """Steps per second of `loratune fit`, from the end of one batch to that of the next."""
     import lightning as L
 
     from loratune.recipe import run
 
     class Clock(L.Callback):
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.taken: list[float] = []
+            self.since = 0.0
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.ends.append(time.perf_counter())
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.taken.append(time.perf_counter() - self.since)
+            done = len(self.taken)
+            if WARM <= done < WARM + steps and (done - WARM) % TURN == 0:
+                turn()
+            self.since = time.perf_counter()
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         recipe = str(ROOT / "recipes" / "quickstart.yaml")
-        given = ["-c", recipe, "--trainer.max_steps", str(WARM + steps + 1), "--trainer.default_root_dir", folder]
+        given = ["-c", recipe, "--trainer.max_steps", str(WARM + steps), "--trainer.default_root_dir", folder]
         given += ["--samples.every_n_steps", "0", "--evaluation.every_n_steps", "0", "--evaluation.figures", "false"]
         given += ["--trainer.limit_val_batches", "0", "--data.batch_size", str(BATCH)]
         cli = run([*given, "--trainer.enable_progress_bar", "false", *words], execute=False)
         cli.trainer.callbacks.append(clock)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    ends = clock.ends[WARM:]
-    return 1 / statistics.median(after - before for before, after in pairwise(ends))
+    return 1 / statistics.median(clock.taken[WARM:])
 
 
 def plain(encode: bool, steps: int) -> float:
@@ -202,15 +215,44 @@ def measure(row: dict[str, Any], steps: int) -> tuple[float, float]:
     return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def child(row: dict[str, Any], steps: int) -> tuple[float, float]:
-    """`measure` in a process of its own; 0 where it fails, such as for want of memory."""
-    command = [sys.executable, __file__, "--steps", str(steps), "--row", json.dumps(row)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stderr.splitlines()[-1:], file=sys.stderr)
-        return 0.0, 0.0
-    rate, size = map(float, done.stdout.splitlines()[-1].split())
-    return rate, size
+class Row:
+    """A row's process, which makes a few steps whenever it is its turn."""
+
+    def __init__(self, row: dict[str, Any], steps: int) -> None:
+        command = [sys.executable, __file__, "--steps", str(steps), "--row", json.dumps(row)]
+        pipe, self.errors = subprocess.PIPE, tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the row)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        self.result: tuple[float, float] | None = None  # steps/s and MB; 0 where it failed, as for want of memory
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it is ready for its next turn, or has ended."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                told = line.split()[1:]
+                if told != ["ready"]:
+                    self.result = float(told[0]), float(told[1])
+                return
+        self.errors.seek(0)
+        print(*self.errors.read().splitlines()[-1:], file=sys.stderr)
+        self.result = 0.0, 0.0
+
+    def go(self) -> None:
+        """One turn."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.wait()
+
+
+def in_turns(rows: list[dict[str, Any]], steps: int) -> list[tuple[float, float]]:
+    """What each row gives, measured side by side."""
+    started = [Row(row, steps) for row in rows]
+    while waiting := [one for one in started if one.result is None]:
+        for one in waiting:
+            one.go()
+    return [one.result or (0.0, 0.0) for one in started]
 
 
 def main(argv: list[str]) -> None:
@@ -222,22 +264,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     if asked.row:
-        print(*measure(json.loads(asked.row), asked.steps))
+        print(MARK, *measure(json.loads(asked.row), asked.steps), flush=True)
         return
     if asked.only != "gpu":
         print(f"CPU, {torch.get_num_threads()} threads: steps/s, peak MB, as multiples of the two plain loops")
-        first: list[float] = []
-        for name, row in cpu_rows(asked.compile).items():
-            rate, size = child(row, asked.steps)
-            first += [rate] if len(first) < 2 else []
-            ratios = ", ".join(f"{rate / one:.2f}x" for one in first if one)
+        rows = cpu_rows(asked.compile)
+        made = in_turns(list(rows.values()), asked.steps)
+        plain_rates = [rate for rate, _ in made[:2]]
+        for name, (rate, size) in zip(rows, made, strict=True):
+            ratios = ", ".join(f"{rate / one:.2f}x" for one in plain_rates if one)
             print(f"  {name:60} {rate:5.2f}  {size:6.0f}  {ratios}", flush=True)
     if asked.only != "cpu":
         there = torch.cuda.is_available()
         peak = matmul_rate() if there else 0.0
         print(f"GPU, bf16 products at {peak:.0f} TFLOP/s: steps/s, peak MB, share of that rate" if there else "GPU")
         for name, row in gpu_rows():
-            rate, size = child(row, asked.steps) if there else (0.0, 0.0)
+            rate, size = in_turns([row], asked.steps)[0] if there else (0.0, 0.0)
             share = f"{rate * row['batch'] * FLOOR[row['base']] / peak:.0%}" if rate else ""
             print(f"  {name:70} " + (f"{rate:6.2f} {size:7.0f}  {share}" if rate else "not measured"), flush=True)
 

@@ -8,11 +8,13 @@ from typing import Any
 import lightning as L
 from safetensors.torch import save_file
 
+from loratune.adapters.whole import whole
+
 
 class Gradients(L.Callback):
     """Writes what each step moves the weights by, before clipping, into the run's folder."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        held = {name: whole(one.grad).clone() for name, one in pl_module.named_parameters() if one.grad is not None}
         if trainer.is_global_zero:
-            held = {name: one.grad.clone() for name, one in pl_module.named_parameters() if one.grad is not None}
             save_file(held, Path(trainer.default_root_dir) / f"gradients-{trainer.global_step}.safetensors")

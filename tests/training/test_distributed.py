@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from loratune.cli import main
 from loratune.data.shares import Rows, Shares, share
 from loratune.training.checkpoints import read_checkpoint
 from loratune.training.randomness import Share, SharedDropout, dropout, share_dropout
@@ -25,7 +26,7 @@ WORDS = ["--model.objective", "{caption_dropout: 0.3, offset_noise: 0.1}", "--tr
 WORDS += ["--trainer.callbacks+", "gradients.Gradients", "--data.buckets", "{step: 8, smallest: 8, largest: 32}"]
 SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of pictures in turn
 STEPS = 6
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+TWO = ["--trainer.devices", "2", "--trainer.strategy"]
 
 
 def free_port() -> str:
@@ -73,16 +74,19 @@ def close(one: Path, two: Path) -> None:
     assert first["global_step"] == second["global_step"] > 0
     pairs = [(first["state_dict"], second["state_dict"])]
     pairs.append((first["callbacks"]["EMA"]["average"], second["callbacks"]["EMA"]["average"]))
-    for name, state in first["optimizer_states"][0]["state"].items():
-        pairs.append((state, second["optimizer_states"][0]["state"][name]))
+    # FSDP numbers the parameters of the whole module, others those that are trained; both in the same order.
+    states = [sorted(held["optimizer_states"][0]["state"].items()) for held in (first, second)]
+    assert len(states[0]) == len(states[1]) > 0
+    pairs += [(state, other) for (_, state), (_, other) in zip(*states, strict=True)]
     for held, other in pairs:
         assert held.keys() == other.keys()
         for key, value in held.items():
             assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-5), key
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(
-    recipe: Path, pictures: Path, tmp_path: Path, slurm: dict[str, str]
+    recipe: Path, pictures: Path, tmp_path: Path, slurm: dict[str, str], strategy: str
 ) -> None:
     """The same gradients in each step, with batches of several sizes, some with fewer pictures than processes."""
     for path, size in zip(sorted(pictures.glob("*.png")), SIZES * 2, strict=True):
@@ -91,7 +95,9 @@ def test_two_processes_train_what_one_trains(
     one, two = tmp_path / "one", tmp_path / "two"
     run([*LORATUNE, *command(recipe, one, 4)])
     # The second half is launched in another way, and goes on in the middle of an epoch.
-    launched = command(recipe, two, 2, *TWO)
+    launched = command(recipe, two, 2, *TWO, strategy)
+    # What is drawn and compared beside the training takes every process where weights are cut, and changes nothing.
+    launched += ["--samples.every_n_steps", "3", "--evaluation.every_n_steps", "3"] if strategy == "fsdp2" else []
     port = ["--master-port", free_port()]
     run([*TORCHRUN, *port, "-m", "loratune", *launched, "--trainer.max_steps", "4"])
     held = read_checkpoint(two / "checkpoints" / "last.ckpt")
@@ -102,6 +108,9 @@ def test_two_processes_train_what_one_trains(
     both = [subprocess.Popen(words, env=own_environment(rank)) for rank in ranks]
     assert [process.wait() for process in both] == [0, 0]
     close(one, two)
+    if strategy == "fsdp2":
+        assert (two / "figures" / "samples-000006.png").is_file()
+        assert "held_out/gap" in (two / "history.jsonl").read_text()
     for step in range(STEPS):
         first, second = (load_file(path / f"gradients-{step}.safetensors") for path in (one, two))
         assert first.keys() == second.keys()
@@ -110,6 +119,32 @@ def test_two_processes_train_what_one_trains(
             assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-6), (step, key)
     # Each process encoded its share of the pictures.
     assert len(list((tmp_path / "two-cache").rglob("*.safetensors"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words", "said"),
+    [
+        ("fsdp", [], "trainer.strategy is fsdp, an older form"),
+        ("fsdp2", ["--model.memory.quantise", "nf4"], "not with model.memory.quantise"),
+        ("fsdp2", ["--model.memory.compile", "true"], "not with model.memory.compile"),
+        ("fsdp2", ["--model.lora.init", "pissa"], "not with model.lora.init"),
+        ("fsdp2", ["--model.tokens", "{token: <disc>}"], "not with model.tokens"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], strategy: str, words: list[str], said: str
+) -> None:
+    given = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", strategy, *words]
+    assert main(["fit", "-c", str(recipe), *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_full_fine_tuning_is_not_cut(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipe.read_text().replace("model:\n", "model:\n  class_path: DiffusionModule\n  init_args:\n", 1)
+    lora = next(line for line in text.splitlines() if "lora:" in line)
+    recipe.write_text(text.replace(lora + "\n", ""))
+    assert main(["fit", "-c", str(recipe), "--trainer.devices", "2", "--trainer.strategy", "fsdp2"]) == 2
+    assert capsys.readouterr().err.strip()
 
 
 def test_shares_are_the_batch_in_order_and_count_what_they_hold() -> None:
