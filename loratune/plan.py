@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from torch import nn
-from torch.utils.data import DataLoader
 
+from loratune.calibrate import matrix_rate, true_steps
 from loratune.data.order import often
 from loratune.errors import UserError
 from loratune.families.files import without_weights
@@ -25,11 +22,15 @@ from loratune.recipe import RecipeCLI, model_is_named
 from loratune.recipe import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
+from loratune.training.evaluate import Evaluate
 from loratune.training.footprint import Rules, imagine, peak, state_bytes, step, weight_bytes
 from loratune.training.memory import FROM_BASE
+from loratune.training.samples import SampleGrid
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LOOKED_AT = 1000
+HELD = ("weights", "adapter", "trained", "optimizer", "device", "process")
+"""Parts of a training step's memory that are there between steps too."""
 CONTEXT = 500 * 10**6
 """Bytes that a GPU's driver and libraries take themselves, about."""
 PROCESS, HEAP = 200 * 10**6, 0.35
@@ -44,6 +45,7 @@ class Plan:
     Args:
         recipe: what was planned.
         device: what for.
+        precision: as Lightning's trainer calls it.
         trained: parameters that the optimizer moves.
         frozen: parameters that it does not.
         pictures: in the sources, those held out among them.
@@ -52,13 +54,18 @@ class Plan:
         sizes: (height, width) in pixels of each bucket.
         memory: by part, at the peak of a training step.
         encoding: peak while pictures are encoded.
+        drawing: peak while samples are drawn; 0 where none are.
         cache: on disk.
         flops: of one step.
         seconds: of the run; none where no rate is known.
+        least: seconds of the run if all its arithmetic were done as fast as this device multiplies matrices; none where
+            it is planned for another device.
+        measured: what true steps took.
     """
 
     recipe: str
     device: str
+    precision: str
     trained: int
     frozen: int
     pictures: int
@@ -67,9 +74,11 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     memory: dict[str, int]
     encoding: int
+    drawing: int
     cache: int
     flops: int
     seconds: float | None = None
+    least: float | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,7 +89,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes at the peak of the run."""
-        return max(self.training, self.encoding)
+        return max(self.training, self.encoding, self.drawing)
 
 
 def build(recipe: Path, words: Sequence[str] = ()) -> RecipeCLI:
@@ -140,6 +149,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         family, data.batch_size, shape, (lambda: condition) if frozen_text else told, rules, module.memory.checkpointing
     )
     encoding = _encoding(module, max(sizes, key=lambda size: size[0] * size[1]), precision, gpu)
+    drawing = _drawing(module, trainer, data, gpu)
     averages = own if any(isinstance(callback, EMA) for callback in trainer.callbacks) else 0
     kept = weights if not module.memory.release else {"unet": weights["unet"]}
     memory = {
@@ -158,6 +168,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     return Plan(
         recipe=str(recipe),
         device="gpu" if gpu else "cpu",
+        precision=precision,
         trained=counts[True],
         frozen=counts[False],
         pictures=pictures,
@@ -166,6 +177,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         sizes=tuple(sizes),
         memory=memory,
         encoding=sum(weights.values()) + own + encoding + (CONTEXT if gpu else 0),
+        drawing=drawing + sum(memory[part] for part in memory if part in HELD) if drawing else 0,
         cache=pictures * _cached(shape, condition, data.batch_size) if module.batch_kind == "latents" else 0,
         flops=once.flops * passes * trainer.accumulate_grad_batches,
         seconds=steps / rate if rate else None,
@@ -204,6 +216,24 @@ def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gp
     pixels = torch.empty(1, 3, *size, device="meta")
     vae: Any = module.family.vae
     return peak(lambda: vae.encode(pixels.to(vae.dtype)), Rules("32-true", gpu))
+
+
+def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) -> int:
+    """Bytes beyond what is held, at the peak of drawing samples and of the comparisons; 0 where there are none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    every = {type(one): one.every_n_steps for one in callbacks if isinstance(one, SampleGrid | Evaluate)}
+    if not any(every.values()):
+        return 0
+    family: Any = module.family
+    shape, rules = family.start_shape(data.size), Rules(str(trainer.precision_plugin.precision), gpu)
+
+    def some(count: int) -> torch.Tensor:
+        return torch.empty(count, *shape, device="meta")
+
+    told = family.encode_text(["a caption"] * 2 * data.batch_size)  # with and without the caption
+    t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
+    taken = peak(lambda: family.denoise(some(len(t)), t, told), rules)
+    return max(taken, peak(lambda: family.decode(some(1)), rules)) if every.get(SampleGrid) else taken
 
 
 def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
@@ -281,7 +311,11 @@ def lines_of(plan: Plan) -> list[str]:
     """A plan for people."""
     sizes = ", ".join(f"{width}x{height}" for height, width in plan.sizes)
     parts = ", ".join(f"{name} {size_text(count)}" for name, count in plan.memory.items())
-    time_told = "unknown; give --steps-per-second, or --run to measure" if not plan.seconds else duration(plan.seconds)
+    time_told = "unknown; give --steps-per-second, or --run to measure"
+    if plan.seconds:
+        time_told = duration(plan.seconds)
+    elif plan.least:
+        time_told = f"at least {duration(plan.least)}, by how fast this device multiplies matrices; --run measures"
     return [
         f"{plan.recipe} on a {plan.device}:",
         f"  parameters   {plan.trained:,} trained, {plan.frozen:,} frozen",
@@ -289,6 +323,7 @@ def lines_of(plan: Plan) -> list[str]:
         f"  steps        {plan.steps:,}, which see {plan.steps * plan.batch:,} pictures",
         f"  training     {size_text(plan.training)}: {parts}",
         f"  encoding     {size_text(plan.encoding)}" if plan.cache else "  encoding     nothing is encoded before",
+        f"  drawing      {size_text(plan.drawing)}" if plan.drawing else "  drawing      nothing is drawn",
         f"  cache        {size_text(plan.cache)} on disk",
         f"  arithmetic   {plan.flops / 1e12:.3g} TFLOP a step",
         f"  time         {time_told}",
@@ -304,6 +339,9 @@ def plan(
     room = None if device in (None, "cpu", "gpu") else parse_memory(str(device))
     gpu = torch.cuda.is_available() if device is None else device != "cpu"
     made = make_plan(recipe, gpu, words, steps_per_second)
+    if room is None and gpu == torch.cuda.is_available():
+        rate = matrix_rate("cuda" if gpu else "cpu", made.precision)
+        made = replace(made, least=made.steps * made.flops / rate)
     if run:
         measured = true_steps(recipe, words)
         made = replace(made, measured=measured, seconds=made.seconds or made.steps * measured["seconds_per_step"])
@@ -328,67 +366,3 @@ def _verdict(made: Plan, room: int, advice: tuple[list[str], Plan] | None) -> li
     if advice is None:
         return [told, "No change that is known here makes it fit; take a smaller data.size or another device."]
     return [told, f"With these changes it takes {size_text(advice[1].peak)}:", *(f"  {one}" for one in advice[0])]
-
-
-class _Watch(L.Callback):
-    """Times steps and notes the device's peak."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, float] = {}
-        self._since = 0.0
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        _wait(pl_module)
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        _wait(pl_module)
-        taken, shape = time.perf_counter() - self._since, shape_text(batch)
-        self.steps[shape] = min(taken, self.steps.get(shape, taken))
-
-
-def _wait(module: nn.Module) -> None:
-    if next(module.parameters()).is_cuda:
-        torch.cuda.synchronize()
-
-
-def shape_text(batch: dict[str, Any]) -> str:
-    """The shape of a batch's x_0, such as 16x4x64x64."""
-    value = batch["mean"] if "mean" in batch else batch["pixels"]
-    return "x".join(map(str, value.shape))
-
-
-def firsts(batches: Callable[[], Any]) -> list[Any]:
-    """The first batch of each shape of an epoch, twice: the first step of a shape is slower than the rest."""
-    found: dict[str, Any] = {}
-    for batch in batches():
-        found.setdefault(shape_text(batch).partition("x")[2], batch)  # an epoch's last batch may have fewer pictures
-    return [batch for batch in found.values() for _ in range(2)]
-
-
-def true_steps(recipe: Path, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Take true steps in each bucket; pictures are encoded into the cache, all else is left as it was."""
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--trainer.default_root_dir", folder, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]
-        quiet += ["--trainer.limit_val_batches", "0", "--trainer.accumulate_grad_batches", "1"]
-        quiet += ["--trainer.enable_progress_bar", "false", "--trainer.logger", "false", "--samples.every_n_steps", "0"]
-        cli = run_recipe(["-c", str(recipe), *words, *quiet], execute=False)
-        loader, watch = cli.datamodule.train_dataloader, _Watch()
-        cli.datamodule.train_dataloader = lambda: DataLoader(firsts(loader), batch_size=None)  # type: ignore[arg-type]
-        cli.trainer.callbacks = [watch]  # type: ignore[attr-defined]
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return {
-        "steps": watch.steps,
-        "seconds_per_step": sum(watch.steps.values()) / len(watch.steps),
-        "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak(),
-    }
-
-
-def resident_peak() -> int:
-    """The most bytes that this process has held in memory so far."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

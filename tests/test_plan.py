@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from loratune.adapters.lora import LoRA
+from loratune.calibrate import firsts, matrix_rate
 from loratune.cli import main
 from loratune.errors import UserError
 from loratune.families.files import load_family, without_weights
 from loratune.families.writing import write_settings
 from loratune.formats.architectures import architectures
-from loratune.plan import duration, firsts, make_plan, parse_memory, size_text
+from loratune.plan import duration, make_plan, parse_memory, size_text
 from loratune.recipe import run as run_recipe
 from loratune.training.footprint import Rules, imagine, state_bytes, step, weight_bytes
 from loratune.training.lora_module import LoRAModule
@@ -252,8 +253,27 @@ def test_the_first_batch_of_each_shape_is_taken_twice() -> None:
 def test_what_a_plan_prints(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for part in ("trained", "frozen", "activations", "optimizer", "12 of 16x16; 4 a step", "give --steps-per-second"):
+    for part in ("trained", "frozen", "activations", "optimizer", "12 of 16x16; 4 a step", "at least"):
         assert part in said, part
     assert size_text(1.5e9) == "1.50 GB"
     assert size_text(2e6) == "2.0 MB"
     assert [duration(one) for one in (20, 600, 7320)] == ["20 s", "10 min", "2 h 2 min"]
+
+
+def test_drawing_is_planned_where_something_is_drawn(recipe: Path) -> None:
+    assert make_plan(recipe, gpu=False).drawing == 0
+    compared = make_plan(recipe, gpu=False, words=["--evaluation.every_n_steps", "2"])
+    drawn = make_plan(recipe, gpu=False, words=["--samples.every_n_steps", "2"])
+    assert 0 < compared.drawing <= drawn.drawing
+    assert drawn.drawing > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
+
+
+def test_a_large_picture_is_decoded_in_more_memory_than_it_is_encoded_in(sdxl: Path) -> None:
+    words = ["--trainer.precision", "bf16-mixed", "--samples.every_n_steps", "100"]
+    made = make_plan(sdxl, gpu=True, words=words)
+    assert made.drawing > made.encoding > 0
+    assert made.peak == max(made.training, made.drawing)
+
+
+def test_a_rate_is_of_this_device() -> None:
+    assert 1e8 < matrix_rate("cpu", "32-true") < 1e16

@@ -186,8 +186,11 @@ class Checkpoints(ModelCheckpoint):
         SIGNALS.waits = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last checkpoint is of the last step, also where the run's length is no multiple of its interval."""
         SIGNALS.waits = False
         super().on_train_end(trainer, pl_module)
+        if self.save_last:
+            self.save_now(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         SIGNALS.waits = self._open = False

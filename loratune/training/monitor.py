@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from loratune.adapters.whole import whole
 
@@ -29,12 +27,6 @@ class Monitor(L.Callback):
             f"training {trained:,} of {total:,} parameters on {len(data.training):,} pictures "
             f"({len(data.held_out):,} held out), {trainer.max_steps:,} steps, into {trainer.default_root_dir}"
         )
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last checkpoint is of the last step, also where the run's length is no multiple of its interval."""
-        checkpoint = trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and checkpoint.save_last:
-            trainer.save_checkpoint(Path(checkpoint.dirpath) / "last.ckpt", weights_only=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]

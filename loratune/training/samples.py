@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -101,11 +102,17 @@ class SampleGrid(L.Callback):
             return self._base
         size = trainer.datamodule.size  # type: ignore[attr-defined]
         with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
-            seeds = [self.seed + i for i in range(len(prompts))]
-            pixels = draw(family, prompts, seeds, size, self.steps, self.guidance, self.sampler).cpu()
+            most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            pixels = torch.cat([self._pixels(family, prompts, at, most, size) for at in range(0, len(prompts), most)])
         if weight == 0:
             self._base = pixels
         return pixels
+
+    def _pixels(self, family: Family, prompts: Sequence[str], start: int, count: int, size: int) -> Tensor:
+        """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
+        some = prompts[start : start + count]
+        seeds = [self.seed + start + i for i in range(len(some))]
+        return draw(family, some, seeds, size, self.steps, self.guidance, self.sampler).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:
