@@ -233,7 +233,11 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
     told = family.encode_text(["a caption"] * 2 * data.batch_size)  # with and without the caption
     t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
     taken = peak(lambda: family.denoise(some(len(t)), t, told), rules)
-    return max(taken, peak(lambda: family.decode(some(1)), rules)) if every.get(SampleGrid) else taken
+    vae = getattr(family, "vae", None)
+    if vae is None or not every.get(SampleGrid):
+        return taken
+    # SDXL's decoder works in float32 whatever the run's precision is.
+    return max(taken, peak(lambda: vae.decode(some(1).to(vae.dtype)), Rules("32-true", gpu)))
 
 
 def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
