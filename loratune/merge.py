@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loratune.adapters.slots import Slot, component_slots, file_slots
-from loratune.adapters.weighting import Given, block_of, check_blocks, mentioned, parse
+from loratune.adapters.weighting import Given, check_blocks, mentioned, parse
 from loratune.errors import UserError
 from loratune.formats.architectures import module_names, original_names
 from loratune.formats.atomic import atomic_folder, atomic_path
 from loratune.formats.bases import PIPELINE_PARTS, WEIGHTS, Configs, configs_of_file, find_base
 from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
+from loratune.merge_report import Bar, report_of, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +122,7 @@ def merge(
     if json:
         print(jsons.dumps(report, indent=2))
     else:
-        _show(report)
+        show(report)
 
 
 def _check_out(asked: Request) -> None:
@@ -202,7 +203,7 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
     Raises:
         _OtherParts: those are not the components that change.
     """
-    bar = _Bar()
+    bar = Bar()
     with ExitStack() as stack:
         target = _place(asked, stack)
         outputs = _open(asked, target, parts, stack)
@@ -225,7 +226,7 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
         made = patches(asked.slots, found.terms)
         tallies = apply(made, changing, writer, withheld, asked.exact, asked.unmerge)
     tensors = len({(patch.slot.file, patch.slot.key) for patch in made})
-    return _report(asked, loras, found, tallies, tensors)
+    return report_of(asked, loras, found, tallies, tensors)
 
 
 def _place(asked: Request, stack: ExitStack) -> Path:
@@ -359,7 +360,7 @@ def _converted(asked: Request) -> dict[str, Any]:
                 (temporary / part).mkdir()
                 write_safetensors(temporary / part / WEIGHTS[part], weights[part], metadata)
             write_settings(temporary, configs)
-    return _report(asked, loras, found, tallies, len(tallies))
+    return report_of(asked, loras, found, tallies, len(tallies))
 
 
 def _read_folder(asked: Request) -> dict[str, dict[str, Tensor]]:
@@ -372,117 +373,3 @@ def _read_folder(asked: Request) -> dict[str, dict[str, Tensor]]:
         tensors = {key: value for file in weight_files(asked.path, part) for key, value in read_tensors(file).items()}
         found[part] = canonical_keys(part, tensors)
     return found
-
-
-def _report(
-    asked: Request,
-    loras: Sequence[Weighted[AnyLayer]],
-    found: Matches[AnyLayer],
-    tallies: Mapping[str, Tally],
-    tensors: int,
-) -> dict[str, Any]:
-    """What merging did, as JSON has it."""
-    from loratune.adapters.merge_files import Tally
-
-    blocks: dict[str, Tally] = {}
-    for name, tally in tallies.items():
-        blocks[block_of(name)] = blocks.get(block_of(name), Tally()) + tally
-    whole = sum(tallies.values(), Tally())
-    told: dict[str, Any] = {
-        "out": str(asked.out),
-        "base": asked.base,
-        "loras": [
-            {
-                "file": str(one.path),
-                "weight": one.weight,
-                "blocks": dict(one.given.blocks),
-                "layers": len(one.file.layers),
-                "matched": len(one.file.layers) - len(lacking),
-                "unmatched": lacking,
-            }
-            for one, lacking in zip(loras, found.unmatched, strict=True)
-        ],
-        "exact": asked.exact,
-        "unmerge": asked.unmerge,
-        "layers": len(tallies),
-        "tensors": tensors,
-        **_tally(whole, asked.unmerge),
-        "blocks": {block: _tally(blocks[block], asked.unmerge) for block in sorted(blocks, key=_order)},
-    }
-    return told
-
-
-def _tally(tally: Tally, unmerge: bool) -> dict[str, Any]:
-    told = {
-        "layers": tally.layers,
-        "change": tally.ratio,
-        "elements": tally.elements,
-        "unchanged": tally.unchanged,
-    }
-    if unmerge:
-        base = tally.base or 1.0
-        told["may differ"] = tally.doubtful
-        told["differ at most"] = (tally.bound / base) ** 0.5
-        told["differ expected"] = (tally.expected / base) ** 0.5
-    return told
-
-
-def _order(block: str) -> tuple[int, str]:
-    first = block.split(".")[0]
-    order = ("unet", "down", "mid", "up", "te1", "te2")
-    return order.index(first) if first in order else len(order), block
-
-
-def _show(report: Mapping[str, Any]) -> None:
-    if report["blocks"]:
-        lines = [("block", "layers", "||dW||/||W||", "rounded away")]
-        for block, tally in [*report["blocks"].items(), ("all", report)]:
-            changed, unchanged = f"{tally['change']:.4f}", _share(tally["unchanged"], tally)
-            lines.append((block, str(tally["layers"]), changed, unchanged))
-        first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
-        for line in lines:
-            cells = (cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))
-            print("  ".join((line[0].ljust(first), *cells)))
-    for one in report["loras"]:
-        left = f", {len(one['unmatched'])} not in the base" if one["unmatched"] else ""
-        print(f"{one['file']}: {one['matched']} of {one['layers']} layers matched{left}")
-    if report["unmerge"]:
-        most, mean = report["differ at most"], report["differ expected"]
-        told = f"{_share(report['may differ'], report)} of the elements may differ from the original by rounding"
-        print(f"{told}: by {most:.2e} of ||W|| at most, and about {mean:.2e}")
-    count = len(report["loras"])
-    done = "taken out of" if report["unmerge"] else "changed by"
-    verb = f"{report['layers']} layers ({report['tensors']} tensors) {done} {count} LoRA{'s' if count > 1 else ''}"
-    print(f"{report['out']}: {verb}")
-
-
-def _share(part: int, tally: Mapping[str, Any]) -> str:
-    return f"{100 * part / max(1, tally['elements']):.2f} %"
-
-
-class _Bar:
-    """Bytes done, shown on a terminal; counted from before there is anything to show them with."""
-
-    def __init__(self) -> None:
-        self._done = 0
-        self._show: Any = None
-
-    def advance(self, count: int) -> None:
-        """Count bytes; threads may call it at once."""
-        if self._show is None:
-            self._done += count
-        else:
-            self._show(count)
-
-    def show(self, total: int, stack: ExitStack) -> None:
-        """Draw a bar on stderr, if that is a terminal, until the stack is left."""
-        if not sys.stderr.isatty():
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        task = progress.add_task("merging", total=total)
-        self._show = lambda count: progress.advance(task, count)
-        self._show(self._done)
