@@ -34,7 +34,7 @@ from loratune.training.guard import Guard
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
-from loratune.training.resume import Run
+from loratune.training.resume import Finish, Run
 from loratune.training.samples import SampleGrid
 from loratune.training.sharding import check_strategy
 from loratune.training.stopping import SIGNALS
@@ -173,7 +173,7 @@ class RecipeCLI(LightningCLI):
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="tensorboard", version="")
-        made: list[Callback] = [Monitor(), LearningRateMonitor("step")]
+        made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
         if trainer.enable_progress_bar in (None, True):
             made.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = made

@@ -1,23 +1,31 @@
-"""Weights that are cut over several devices, and all of them."""
+"""Weights that are cut over several devices (torch's DTensor), and all of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_cut(value: Any) -> bool:
+    """Whether a tensor is one process's part of it; without importing what makes such tensors, which takes a second."""
+    return hasattr(value, "full_tensor")
 
 
 def whole(value: Tensor) -> Tensor:
     """All of a tensor; where it is cut, every process has to ask for it."""
     cut: Any = value.detach()
-    made: Tensor = cut.full_tensor() if isinstance(value, DTensor) else value
+    made: Tensor = cut.full_tensor() if is_cut(cut) else value
     return made
 
 
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device of another, and cut where that one is."""
     value = value.to(like.device)
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+    if not is_cut(like) or is_cut(value):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    held: Any = like
+    made: Tensor = distribute_tensor(value, held.device_mesh, held.placements)
+    return made

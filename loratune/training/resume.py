@@ -14,6 +14,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from loratune import __version__
@@ -181,3 +182,24 @@ class Run(L.Callback):
             restore(self._states[min(trainer.global_rank, len(self._states) - 1)])
             self._states = None
         seed_dropout(trainer.global_step, batch_idx % trainer.accumulate_grad_batches)
+
+
+class Finish(L.Callback):
+    """Does the end of a run whose last step was made, and that was killed before all was compared, drawn and saved.
+
+    Lightning begins no training where no step is left, and so would end none. To come before all other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._began = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._began or not trainer.ckpt_path or not trainer.fit_loop.done:
+            return
+        trainer.training = True
+        for hook in ("on_train_start", "on_train_end"):
+            _call_callback_hooks(trainer, hook)
+            _call_lightning_module_hook(trainer, hook)

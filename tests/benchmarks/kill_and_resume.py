@@ -2,9 +2,9 @@
 
 Each trial is a process of its own, ended by SIGKILL, and then `loratune fit -c RECIPE --ckpt_path last` in another.
 The LoRA's tensors have to be to the byte those of the run that was never stopped, and every loss that was logged
-the same number. Of every five trials one is killed in the middle of writing a checkpoint, one in the middle of the
-encoding and three at a random moment. A run accumulates gradients, drops features and captions out, averages the
-weights and trains the text encoder too.
+the same number. Of every six trials one is killed in the middle of writing a checkpoint, one in the middle of the
+encoding, one when the last step is made and nothing that follows it, and three at a random moment. A run accumulates
+gradients, drops features and captions out, averages the weights and trains the text encoder too.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ def half(what, file, *rest, **more):
     time.sleep(600)
 torch.save = half
 """
+ENDED = """
+import time
+from loratune.training.evaluate import Evaluate
+def wait(*_):
+    open({mark!r}, "w").close()
+    time.sleep(600)
+Evaluate.on_train_end = wait
+"""
 
 
 class Trials:
@@ -125,8 +133,15 @@ class Trials:
 
     def kill_in_write(self, name: str, number: int) -> None:
         """Start, and kill when half of a checkpoint is on disk, the first being number 1."""
-        mark = self.folder / name / "halfway"
-        process = self.start(name, HALFWAY.format(number=number, mark=str(mark)))
+        self._kill_where(name, HALFWAY.replace("{number}", str(number)))
+
+    def kill_at_the_end(self, name: str) -> None:
+        """Start, and kill when the last step is made and nothing that comes after it."""
+        self._kill_where(name, ENDED)
+
+    def _kill_where(self, name: str, before: str) -> None:
+        mark = self.folder / name / "mark"
+        process = self.start(name, before.replace("{mark!r}", repr(str(mark))))
         while not mark.exists() and process.is_alive():
             time.sleep(0.01)
         process.kill()
@@ -172,6 +187,9 @@ def killed_and_resumed(trials: Trials, name: str, kind: str, draw: random.Random
         number = draw.randint(1, trials.steps)
         trials.kill_in_write(name, number)
         told = f"while writing checkpoint {number}"
+    elif kind == "end":
+        trials.kill_at_the_end(name)
+        told = "after the last step, before the end of the run"
     elif kind == "encoding":
         files = draw.randint(1, 11)
         trials.kill_in_encoding(name, files)
@@ -199,7 +217,7 @@ def main() -> int:
     trials = Trials(folder, chosen.base, chosen.data)
     print(f"the whole run: {trials.seconds:.1f} s, {json.dumps(logged(trials.whole)['train/loss'])}")
     for number in range(chosen.kills):
-        kind = ("write", "encoding", "random", "random", "random")[number % 5]
+        kind = ("write", "encoding", "end", "random", "random", "random")[number % 6]
         told, found = killed_and_resumed(trials, f"trial-{number}", kind, draw)
         wrong += bool(found)
         print(f"{number + 1:3} {kind:9} {told:45} {found or 'the same'}", flush=True)
