@@ -2,6 +2,6 @@
 
 import sys
 
-from loratune.cli import main
+from loratune.cli.main import main
 
 sys.exit(main())

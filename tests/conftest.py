@@ -21,8 +21,8 @@ torch.set_num_threads(1)  # the models are tiny, and threads would only wait for
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights: 16-pixel pictures, 8x8 latents, two resolutions."""
-    from loratune.families.files import save_diffusers_folder
-    from loratune.families.stable_diffusion import NewStableDiffusion
+    from loratune.families.load import save_diffusers_folder
+    from loratune.families.sd import NewStableDiffusion
 
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def shrunk(name: str, width: int = 8, depth: int = 2) -> dict[str, dict[str, Any
         width: of the text encoder and of the U-Net's first level; a multiple of 4.
         depth: of the text encoders.
     """
-    from loratune.formats.architectures import architectures
+    from loratune.families.architectures import architectures
 
     configs = architectures()[name]
     text = {"hidden_size": width, "num_attention_heads": 2, "num_hidden_layers": depth, "vocab_size": 49408}
@@ -76,7 +76,7 @@ def random_weights(
     configs: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Weights for configurations, by component and canonical key."""
-    from loratune.formats.architectures import entries
+    from loratune.families.architectures import entries
 
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -96,7 +96,7 @@ def tiny_weights() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with an SDXL of random weights: two text encoders of widths 8 and 12."""
-    from loratune.families.files import build, pipeline_of, save_diffusers_folder, tokenizers_of
+    from loratune.families.load import build, pipeline_of, save_diffusers_folder, tokenizers_of
 
     configs = shrunk("sdxl")
     configs["unet"] |= {"block_out_channels": [8, 16, 24], "layers_per_block": 1}

@@ -1,38 +1,75 @@
-"""Imports run one way: cli -> training -> (data, adapters, families, report) -> (diffusion, formats)."""
+"""Imports run one way, from the command line down to the bytes, and never in a circle; no file is exempt."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "loratune"
-LEVELS = {"diffusion": 0, "formats": 0, "data": 1, "adapters": 1, "families": 1, "report": 1, "training": 2, "tools": 3}
-TOP = 3
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+ORDER = (
+    ("errors", "__init__"),
+    ("diffusion",),
+    ("formats",),
+    ("families",),
+    ("lora", "data"),
+    ("training",),
+    ("runs",),
+    ("evaluation",),
+    ("recipe",),
+    ("planning",),
+    ("cli",),
+    ("__main__",),
+)
+LEVELS = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE)
 
 
-def level(parts: tuple[str, ...]) -> int:
-    if parts == ("errors",):
-        return -1
-    return LEVELS.get(parts[0], TOP) if len(parts) > 1 or parts[0] in LEVELS else TOP
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imported(path: Path) -> set[tuple[str, ...]]:
-    found = set()
+MODULES = {module_of(path) for path in FILES}
+
+
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """The modules of the package that a file imports, those imported within functions too."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {tuple(name.split(".")[1:]) for name in names if name and name.startswith("loratune.")}
-    return found
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names = {name.removeprefix("loratune.") for name in found if name.startswith("loratune.")}
+    own = {"__init__"} if "loratune" in found else set()
+    return frozenset(names & MODULES | own)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_imports_its_own_folder_or_lower_levels(path: Path) -> None:
-    own = (*path.relative_to(PACKAGE).parts[:-1], path.stem)
-    for other in imported(path):
-        assert other[0] == own[0] or level(other) < level(own) or level(own) == TOP, f"{own} imports {other}"
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert {folder_of(module) for module in MODULES} == set(LEVELS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_imports_its_own_folder_or_lower_ones(path: Path) -> None:
+    own = folder_of(module_of(path))
+    wrong = {other for other in imported(path) if folder_of(other) != own and LEVELS[folder_of(other)] >= LEVELS[own]}
+    assert not wrong, f"{module_of(path)} imports {sorted(wrong)}, which are not below it"
+
+
+def test_no_circle() -> None:
+    graph = {module_of(path): imported(path) - {module_of(path)} for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports run in a circle: {' -> '.join(error.args[1])}")
 
 
 def test_datasets_hides_no_library() -> None:

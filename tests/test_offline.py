@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from loratune.cli import main
+from loratune.cli.main import main
 
 
 def test_the_whole_path_needs_no_network(

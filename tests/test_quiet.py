@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from loratune.quiet import quiet
+from loratune.cli.quiet import quiet
 
 
 def test_bitsandbytes_says_nothing_of_an_optional_package() -> None:

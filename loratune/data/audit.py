@@ -19,7 +19,7 @@ from loratune.data.entries import Entry
 from loratune.data.order import BatchOrder, groups, often
 from loratune.data.sources import METADATA, PICTURES, Sample
 from loratune.errors import UserError
-from loratune.formats.pictures import open_picture
+from loratune.formats.images import open_picture
 
 TOO_SMALL = 2.0
 """Pictures that are enlarged more than so many times are called too small."""

@@ -19,7 +19,7 @@ from loratune.data.collection import Collection
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import mask_tensor
 from loratune.formats.files import tensors_hash
-from loratune.formats.pictures import normalise, open_picture, to_tensor
+from loratune.formats.images import normalise, open_picture, to_tensor
 
 
 class Encodes(Protocol):

@@ -15,7 +15,7 @@ from loratune.data.buckets import Size
 from loratune.data.entries import View
 from loratune.data.sources import PICTURES, Sample
 from loratune.errors import UserError
-from loratune.formats.pictures import open_picture
+from loratune.formats.images import open_picture
 
 
 class Masks:

@@ -28,7 +28,7 @@ from loratune.data.settings import Pictures, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
 from loratune.errors import UserError
-from loratune.formats.pictures import normalise
+from loratune.formats.images import normalise
 
 log = logging.getLogger(__name__)
 NAMED = 10

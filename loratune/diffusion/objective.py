@@ -158,3 +158,9 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     Ho & Salimans 2022, eq. 6, whose w is s - 1: s = 0 ignores the condition, 1 does not guide, SD uses 7.5.
     """
     return unconditional + scale * (conditional - unconditional)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB; x, y in [-1, 1], (B, C, H, W) -> (B,)."""
+    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-12))

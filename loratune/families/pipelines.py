@@ -9,10 +9,10 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from loratune.families.architectures import layout_kind, module_names
+from loratune.families.found import Configs
+from loratune.families.sd import StableDiffusion
 from loratune.families.sdxl import StableDiffusionXL
-from loratune.families.stable_diffusion import StableDiffusion
-from loratune.formats.architectures import layout_kind, module_names
-from loratune.formats.bases import Configs
 
 
 @dataclass(frozen=True)

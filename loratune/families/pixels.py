@@ -9,8 +9,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from loratune.diffusion.process import Prediction, ScheduleName, alpha_bars, make_betas
-from loratune.families.base import Condition, Family
-from loratune.formats.pictures import normalise
+from loratune.families.family import Condition, Family
+from loratune.formats.images import normalise
 
 
 class PixelDDPM(Family):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loratune.diffusion.objective import guide
 from loratune.errors import UserError
-from loratune.families.base import Condition, Family, join_conditions, repeat_condition
+from loratune.families.family import Condition, Family, join_conditions, repeat_condition
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",

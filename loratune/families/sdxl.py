@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from loratune.families.base import Condition
+from loratune.families.family import Condition
 from loratune.families.prompts import firsts
-from loratune.families.stable_diffusion import StableDiffusion
+from loratune.families.sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -13,8 +13,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from loratune.formats.pictures import normalise
-from loratune.report.quality import psnr
+from loratune.diffusion.objective import psnr
+from loratune.formats.images import normalise
 from loratune.training.randomness import training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from transformers import CLIPTokenizer
 
-from loratune.adapters.tokens import NewToken
 from loratune.families.prompts import Prompts, tokenise
-from loratune.families.stable_diffusion import TOKENIZER
+from loratune.families.sd import TOKENIZER
+from loratune.lora.tokens import NewToken
 
 
 def counter(prompts: Prompts, token: NewToken | None) -> Callable[[str], int]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from loratune.families.stable_diffusion import TOKENIZER, text_config
-from loratune.formats.checkpoints import canonical_text_keys, module_text_keys
-from loratune.formats.pictures import normalise
+from loratune.families.sd import TOKENIZER, text_config
+from loratune.families.single_file import canonical_text_keys, module_text_keys
+from loratune.formats.images import normalise
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
-from loratune.families.base import Condition, Family
-from loratune.families.files import load_family
+from loratune.families.family import Condition, Family
+from loratune.families.load import load_family
 from loratune.training.memory import Memory, release
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator

@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from loratune.adapters.whole import cut_like, whole
 from loratune.errors import UserError
+from loratune.lora.whole import cut_like, whole
 from loratune.training.schedules import evaluated, switching
 
 

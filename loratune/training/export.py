@@ -11,20 +11,20 @@ import lightning as L
 import torch
 
 from loratune import __version__
-from loratune.adapters.tokens import Embedding, write_embedding
 from loratune.errors import UserError
-from loratune.families.base import PREDICTION_KEY, ZERO_SNR_KEY
-from loratune.families.files import base_hash, configs_of, lora_metadata, save_diffusers_folder
-from loratune.families.stable_diffusion import StableDiffusion
-from loratune.formats.lora import LoRAFile, write_lora
-from loratune.formats.lora_layers import LowRank
-from loratune.formats.lora_metadata import standard_metadata, tag_frequency
+from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
+from loratune.families.load import base_hash, configs_of, lora_metadata, save_diffusers_folder
+from loratune.families.sd import StableDiffusion
+from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.layers import LowRank
+from loratune.lora.metadata import standard_metadata, tag_frequency
+from loratune.lora.tokens import Embedding, write_embedding
+from loratune.lora.verify import verify
 from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.ema import averaged
 from loratune.training.lora_module import LoRAModule
 from loratune.training.sharding import draws
-from loratune.training.verify import verify
 
 __all__ = ["Export", "verify"]
 

@@ -9,16 +9,16 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from loratune.adapters.lora import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
-from loratune.adapters.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
 from loratune.errors import UserError
-from loratune.families.base import Family
+from loratune.families.family import Family
 from loratune.families.pipelines import layer_names
 from loratune.families.prompts import Prompts
-from loratune.families.stable_diffusion import TOKENIZER, StableDiffusion
-from loratune.families.writing import configs_of
-from loratune.formats.lora import read_lora
-from loratune.formats.lora_layers import LowRank
+from loratune.families.save import configs_of
+from loratune.families.sd import TOKENIZER, StableDiffusion
+from loratune.lora.file import read_lora
+from loratune.lora.inject import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
+from loratune.lora.layers import LowRank
+from loratune.lora.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.memory import Memory
 from loratune.training.objectives import Objective

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.errors import UserError
-from loratune.families.base import Family
+from loratune.families.family import Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FROM_BASE = ("pissa", "olora")

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from loratune.adapters.whole import whole
+from loratune.lora.whole import whole
 
 
 class Monitor(L.Callback):

@@ -13,9 +13,9 @@ from loratune.diffusion.noise import draw_pyramid, offset_noise, perturb
 from loratune.diffusion.objective import check_objective, debiased_weight, huber_c, min_snr_weight
 from loratune.diffusion.process import Prediction, snr
 from loratune.diffusion.timesteps import logit_normal, shifted, to_steps
-from loratune.families.base import Family
-from loratune.families.stable_diffusion import PREDICTIONS
-from loratune.formats.bases import configs_of_file, find_base
+from loratune.families.family import Family
+from loratune.families.found import configs_of_file, find_base
+from loratune.families.sd import PREDICTIONS
 
 
 def _in(key: str, value: float, least: float, most: float, hint: str = "") -> None:

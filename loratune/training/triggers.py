@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loratune.adapters.tokens import WINDOW, NewToken
 from loratune.families.prompts import Prompts
+from loratune.lora.tokens import WINDOW, NewToken
 from loratune.training.captions import counter
 
 

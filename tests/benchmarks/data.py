@@ -44,7 +44,7 @@ def child(recipe: Path) -> None:
     """Encode, and print what it took as JSON."""
     import resource
 
-    from loratune.cli import main
+    from loratune.cli.main import main
     from loratune.data.cache import Cache
     from loratune.data.encode import Encoder, Looks
 

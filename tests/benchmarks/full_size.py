@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 import torch
 
-from loratune.families.writing import write_settings
-from loratune.formats.architectures import architectures, entries, file_shapes
-from loratune.formats.bases import WEIGHTS
+from loratune.families.architectures import architectures, entries, file_shapes
+from loratune.families.found import WEIGHTS
+from loratune.families.save import write_settings
 from loratune.formats.files import DTYPES, atomic_folder, atomic_path
 from loratune.formats.headers import ITEM_SIZES, TensorInfo, header_bytes
 

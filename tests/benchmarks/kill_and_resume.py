@@ -49,7 +49,7 @@ checkpoint: {{every_n_train_steps: 2}}
 # What a child runs: the command, or the command with a write that stops halfway at the given checkpoint.
 PLAIN = """
 import sys
-from loratune.cli import main
+from loratune.cli.main import main
 sys.stdout = sys.stderr = open({log!r}, "a")
 sys.exit(main({words!r}))
 """
@@ -72,7 +72,7 @@ torch.save = half
 """
 ENDED = """
 import time
-from loratune.training.evaluate import Evaluate
+from loratune.evaluation.evaluate import Evaluate
 def wait(*_):
     open({mark!r}, "w").close()
     time.sleep(600)
@@ -93,8 +93,8 @@ class Trials:
     def __init__(self, folder: Path, base: Path, pictures: Path, steps: int = 10) -> None:
         self.folder, self.base, self.pictures, self.steps = folder, base, pictures, steps
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["loratune.recipe", "loratune.cli"])
-        process = self.context.Process(target=exec, args=("import loratune.recipe", {}))
+        self.context.set_forkserver_preload(["loratune.recipe.parse", "loratune.cli.main"])
+        process = self.context.Process(target=exec, args=("import loratune.recipe.parse", {}))
         process.start()
         process.join()
         started = time.perf_counter()

@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from full_size import make_checkpoint, make_folder
 
-from loratune.formats.architectures import architectures, layout_kind, module_names, original_names
+from loratune.families.architectures import architectures, layout_kind, module_names, original_names
+from loratune.families.layouts import Shape
 from loratune.formats.files import write_safetensors
-from loratune.formats.layouts import Shape
-from loratune.formats.lora import standard_metadata
+from loratune.lora.file import standard_metadata
 
 CASES = ("sdxl", "sd15", "sdxl-folder", "sd15-folder")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -52,7 +52,7 @@ def kohya_name(name: str, originals: dict[str, str] | None) -> str:
 
 def attention_layers(architecture: str) -> dict[str, Shape]:
     """Shapes of all attention layers of the U-Net and the text encoders, by canonical name."""
-    from loratune.formats.architectures import entries
+    from loratune.families.architectures import entries
 
     configs = architectures()[architecture]
     adaptable = set(module_names(configs))

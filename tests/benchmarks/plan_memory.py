@@ -40,7 +40,7 @@ def measured(words: list[str]) -> int:
     import psutil
     import torch
 
-    from loratune.recipe import run
+    from loratune.recipe.parse import run
     from loratune.training import lora_module
 
     assert lora_module
@@ -58,7 +58,7 @@ def predicted(words: list[str]) -> int:
     """Bytes that the plan says."""
     import torch
 
-    from loratune.plan import CONTEXT, make_plan
+    from loratune.planning.plan import CONTEXT, make_plan
 
     gpu = torch.cuda.is_available()
     return make_plan(ROOT / "recipes" / "quickstart.yaml", gpu, [*BASE, *words]).peak - CONTEXT * gpu

@@ -84,7 +84,7 @@ def ours(words: list[str], steps: int) -> float:
     """Steps per second of `loratune fit`, from the end of one batch to that of the next."""
     import lightning as L
 
-    from loratune.recipe import run
+    from loratune.recipe.parse import run
 
     class Clock(L.Callback):
         def __init__(self) -> None:
@@ -154,7 +154,7 @@ def on_gpu(row: dict[str, Any], steps: int) -> float:
     """Steps per second with random weights on a GPU: our module, or a plain loop."""
     from full_size import make_folder
 
-    from loratune.adapters.lora import LoRA, match_targets
+    from loratune.lora.inject import LoRA, match_targets
     from loratune.training.lora_module import LoRAModule
     from loratune.training.memory import Memory
     from loratune.training.schedules import fuse

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from loratune.families.files import read_folder, read_single_file
+from loratune.families.architectures import architectures, detect
+from loratune.families.load import read_folder, read_single_file
 from loratune.formats import architectures as known
-from loratune.formats.architectures import architectures, detect
 from loratune.formats.files import read_tensors
 from loratune.formats.headers import Header
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from loratune.formats.architectures import architectures, module_names, places
-from loratune.formats.lora import LoRAFile, write_lora
-from loratune.formats.lora_layers import LoRALayer
+from loratune.families.architectures import architectures, module_names, places
+from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.layers import LoRALayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from full_size import make_checkpoint

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from loratune.adapters.lora import LoRA
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.data.augment import Augment
 from loratune.data.buckets import Buckets
 from loratune.data.captions import Captions
 from loratune.data.module import CaptionedImages
 from loratune.data.settings import Pictures
 from loratune.errors import UserError
-from loratune.formats.pictures import normalise, to_tensor
+from loratune.formats.images import normalise, to_tensor
+from loratune.lora.inject import LoRA
 from loratune.training.lora_module import LoRAModule
 
 SIZE = 16

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from loratune.adapters.lora import LoRA
 from loratune.data.module import CaptionedImages, collate
 from loratune.errors import UserError
-from loratune.formats.pictures import normalise, open_picture, square, to_tensor
+from loratune.formats.images import normalise, open_picture, square, to_tensor
+from loratune.lora.inject import LoRA
 from loratune.training.lora_module import LoRAModule
 
 SIZE = 16

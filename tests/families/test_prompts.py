@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.data.encode import Encoder
 from loratune.errors import UserError
-from loratune.families.files import load_family
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import (
     COMMA,
@@ -38,7 +38,7 @@ from loratune.families.prompts import (
     weigh,
     windows,
 )
-from loratune.families.stable_diffusion import TOKENIZER, StableDiffusion
+from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.training.lora_module import LoRAModule
 
 SHORT = ["a red disc", "", "one, two, three"]
@@ -377,7 +377,7 @@ def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path:
 def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loratune.verbs as verbs
+    import loratune.cli.draw as verbs
 
     monkeypatch.setattr(verbs, "load_family", lambda *_: pytest.fail("a weight was read"))
     assert main(["sample", "--base", "there", "--prompt", "x", "--out", str(tmp_path / "out"), *words]) == 2

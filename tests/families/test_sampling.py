@@ -12,12 +12,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from loratune.cli.draw import sample
 from loratune.errors import UserError
-from loratune.families.files import load_family
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.sampling import SAMPLERS, draw, draw_start, make_sampler
-from loratune.families.stable_diffusion import StableDiffusion
-from loratune.verbs import sample
+from loratune.families.sd import StableDiffusion
 
 PROMPTS = ["a red disc", "a blue ring", ""]
 

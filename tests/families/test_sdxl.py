@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from loratune.adapters.lora import TEXT_TARGETS, LoRA, adapted_layers, collect, inject
 from loratune.errors import UserError
-from loratune.families.files import load_family, save_diffusers_folder
+from loratune.families.found import ASSETS
+from loratune.families.load import load_family, save_diffusers_folder
 from loratune.families.sampling import draw
 from loratune.families.sdxl import StableDiffusionXL
-from loratune.formats.bases import ASSETS
-from loratune.formats.lora import LoRAFile, write_lora
+from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.inject import TEXT_TARGETS, LoRA, adapted_layers, collect, inject
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective
 

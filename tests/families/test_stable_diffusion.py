@@ -13,14 +13,14 @@ from torch import Tensor
 
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
-from loratune.families.base import join_conditions, repeat_condition
-from loratune.families.files import configs_of, load_family, weights_of
-from loratune.families.stable_diffusion import NewStableDiffusion, StableDiffusion
-from loratune.formats.bases import builtin_names, find_base
+from loratune.families.family import join_conditions, repeat_condition
+from loratune.families.found import builtin_names, find_base
+from loratune.families.load import configs_of, load_family, weights_of
+from loratune.families.sd import NewStableDiffusion, StableDiffusion
 from loratune.formats.files import write_safetensors
-from loratune.formats.lora import LoRAFile, write_lora
-from loratune.formats.lora_layers import LoRALayer
-from loratune.merge import merge
+from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.layers import LoRALayer
+from loratune.lora.merge.run import merge
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]
 

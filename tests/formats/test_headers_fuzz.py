@@ -17,8 +17,8 @@ from safetensors.torch import save
 
 from loratune.errors import UserError
 from loratune.formats.headers import ITEM_SIZES, MAX_HEADER, read_header
-from loratune.formats.lora import read_lora
-from loratune.tools.inspect import describe
+from loratune.lora.file import read_lora
+from loratune.lora.inspect import describe
 
 MANY = settings(
     max_examples=int(os.environ.get("FUZZ", "120")),

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from safetensors.torch import save_file
 
-from loratune.adapters.whole import whole
+from loratune.lora.whole import whole
 
 
 class Gradients(L.Callback):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.data.shares import Rows, Shares, share
-from loratune.training.checkpoints import read_checkpoint
+from loratune.runs.checkpoints import read_checkpoint
 from loratune.training.randomness import Share, SharedDropout, dropout, share_dropout
 
 LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"

@@ -11,19 +11,19 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from loratune.adapters.lora import LoRA, adapted_layers, switch
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.errors import UserError
-from loratune.families.files import load_family
+from loratune.families.architectures import architectures, module_names
+from loratune.families.found import configs_of_file
+from loratune.families.load import load_family
 from loratune.families.pipelines import layer_names
-from loratune.formats.architectures import architectures, module_names
-from loratune.formats.bases import configs_of_file
-from loratune.formats.lora import LoRAFile, read_lora, write_lora
-from loratune.formats.lora_layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
-from loratune.recipe import run as run_recipe
+from loratune.lora.file import LoRAFile, read_lora, write_lora
+from loratune.lora.inject import LoRA, adapted_layers, switch
+from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.load import load_with
+from loratune.recipe.parse import run as run_recipe
 from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
-from loratune.verbs import load_with
 
 
 def predictions(family: object, seed: int = 0) -> torch.Tensor:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from loratune.adapters.lora import LoRA
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.errors import UserError
-from loratune.families.files import load_family
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import Prompts
-from loratune.recipe import run as run_recipe
+from loratune.lora.inject import LoRA
+from loratune.recipe.parse import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import Memory, Released, quantise, release

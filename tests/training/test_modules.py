@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.diffusion.process import diffuse, target
-from loratune.families.files import load_family
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
-from loratune.families.stable_diffusion import NewStableDiffusion
-from loratune.formats.pictures import normalise
+from loratune.families.sd import NewStableDiffusion
+from loratune.formats.images import normalise
 from loratune.training.autoencoder import gaussian_kl, laplacian_pyramid_loss
 from loratune.training.contrastive import ContrastiveModule, contrastive_loss
 from loratune.training.diffusion_module import DiffusionModule

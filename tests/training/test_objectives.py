@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from loratune.diffusion import process
-from loratune.families.base import PREDICTION_KEY, ZERO_SNR_KEY
-from loratune.families.files import load_family
+from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.sampling import make_sampler
-from loratune.formats.lora import LoRAFile, write_lora
-from loratune.formats.lora_layers import LoRALayer
+from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.layers import LoRALayer
+from loratune.lora.load import load_with
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.export import _drawing
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective, Timesteps, mask_of
 from loratune.training.randomness import generator
-from loratune.verbs import load_with
 
 
 @pytest.fixture(scope="module")

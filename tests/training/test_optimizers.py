@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loratune.adapters.lora import LoRA
-from loratune.cli import main
-from loratune.recipe import run as run_recipe
+from loratune.cli.main import main
+from loratune.lora.inject import LoRA
+from loratune.recipe.parse import run as run_recipe
 from loratune.training import schedules
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loratune.cli import main
+from loratune.cli.main import main
 from loratune.training import samples
 
 WORDS = ["--samples.every_n_steps", "6", "--samples.steps", "2", "--samples.prompts", "[a red disc, a blue disc]"]

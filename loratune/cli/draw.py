@@ -1,0 +1,81 @@
+"""Pictures drawn from a base with LoRAs: the verb sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+from torch import Tensor
+
+from loratune.errors import UserError
+from loratune.evaluation.grids import grid
+from loratune.families.prompts import Prompts, parse_weights
+from loratune.families.sampling import draw, make_sampler
+from loratune.families.sd import StableDiffusion
+from loratune.formats.images import to_picture
+from loratune.lora.load import load_with
+
+
+def own_size(family: StableDiffusion) -> int:
+    """The side of the pictures a base was made for, in pixels."""
+    return int(family.network.config["sample_size"] * 2 ** (len(family.vae.config["block_out_channels"]) - 1))
+
+
+def sample(
+    base: str,
+    lora: Sequence[str],
+    prompts: Sequence[str],
+    out: Path,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    seed: int,
+    count: int,
+    size: int | None,
+    batch_size: int,
+    device: str,
+    embedding: Sequence[Path] = (),
+    chunks: int = 1,
+    weights: bool = False,
+    captions: bool = False,
+) -> None:
+    """Draw `count` pictures of each prompt into `out`: PNG files, and grid.png or captions."""
+    for key, value in (("steps", steps), ("count", count), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{key} is {value}; give 1 or more")
+    try:
+        told = Prompts(chunks, weights)
+    except ValueError as error:
+        raise UserError(f"--{str(error).removeprefix('prompts.')}") from None
+    for prompt in prompts if weights else ():
+        parse_weights(prompt)
+    family = load_with(base, lora, device, embedding)
+    family.prompts = told
+    make_sampler(sampler, family.scheduler_config)
+    wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
+    side = size or own_size(family)
+    drawn: list[Tensor] = []
+    parts = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    for part in track(parts, description="drawing", transient=True):
+        texts, seeds = [prompt for prompt, _ in part], [one for _, one in part]
+        drawn.extend(draw(family, texts, seeds, side, steps, guidance, sampler).cpu())
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [to_picture(pixels) for pixels in drawn]
+    for number, (picture, (prompt, one)) in enumerate(zip(pictures, wanted, strict=True)):
+        file = out / f"{number:03d}-{slug(prompt)}-{one}.png"
+        picture.save(file)
+        if captions:
+            file.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
+    if captions:
+        print(f"{len(pictures)} pictures and their captions are in {out}")
+        return
+    rows = [[pictures[i * count + n] for i in range(len(prompts))] for n in range(count)]
+    grid(rows, prompts, [f"seed {seed + n}" for n in range(count)], cell=max(128, side)).save(out / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png are in {out}")
+
+
+def slug(text: str) -> str:
+    """Words of a text, safe as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"

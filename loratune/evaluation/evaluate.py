@@ -1,0 +1,256 @@
+"""While it runs: the adapted network beside its base on fixed pictures, and the run's page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.utils.data import Subset
+
+from loratune.evaluation.figures import draw_figures
+from loratune.evaluation.paired import (
+    Chunk,
+    Evaluation,
+    Outputs,
+    base_alone,
+    drawn_chunks,
+    drift,
+    evaluating,
+    fixed_chunks,
+    gap,
+    outputs,
+    rise,
+)
+from loratune.evaluation.paired import (
+    levels as middles,
+)
+from loratune.evaluation.run_page import write_page
+from loratune.families.family import Family
+from loratune.lora.norms import norms_by_block
+from loratune.runs.history import History
+from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.lora_module import LoRAModule
+from loratune.training.ranges import add, means, range_names
+from loratune.training.sharding import draws
+
+log = logging.getLogger(__name__)
+NEUTRAL = ("a dog", "a red car", "a house", "a person", "a bowl of fruit", "a mountain")
+HELD_OUT, TRAINING, PROMPTS = "held_out", "training", "neutral"
+MONITORED = (f"{HELD_OUT}/", f"{TRAINING}/", f"{PROMPTS}/", "drift")
+
+
+class Evaluate(L.Callback):
+    """Compare the adapted network with its base on the same pictures, steps and noise, and write the run's page.
+
+    At validations held_out/gap, training/gap and neutral/gap are logged (below 0 the adapted network is better), each
+    with its standard error gap_se, and drift: how far its output has moved from the base's on neutral prompts. A
+    checkpoint.monitor or EarlyStopping may name them. Training itself is the same with and without.
+
+    Args:
+        every_n_steps: at the first validation after so many steps, and at the end; at each validation where a
+            checkpoint or early stopping waits for it; 0 never compares.
+        pictures: how many held-out pictures, and how many of the training's; always the same ones.
+        prompts: neutral ones, without the style; the base's own drawings of them are its pictures. None measures no
+            drift.
+        levels: at how many steps t, spread evenly, each picture is compared, and into how many ranges of t the
+            training loss is parted.
+        seed: of the noise.
+        figures: at the end draw the forward and the reverse process, and where the words of a prompt are seen.
+        report: write report.html into the run's folder.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        pictures: int = 8,
+        prompts: tuple[str, ...] = NEUTRAL,
+        levels: int = 4,
+        seed: int = 0,
+        figures: bool = True,
+        report: bool = True,
+    ) -> None:
+        for key, value, least, most in (
+            ("every_n_steps", every_n_steps, 0, 10**9),
+            ("pictures", pictures, 0, 10**6),
+            ("levels", levels, 1, 100),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"evaluation.{key} is {value}; give {least} to {most}")
+        self.every_n_steps, self.pictures, self.prompts = every_n_steps, pictures, tuple(prompts)
+        self.levels, self.seed, self.figures, self.report = levels, seed, figures, report
+        self._sets: dict[str, list[Chunk]] = {}
+        self._base: dict[str, Outputs] = {}
+        self._history: History | None = None
+        self._at, self._step, self._steps = 0, -1, 1000
+        self._sums: Tensor | None = None
+        self._best: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep what is logged in the run's folder too."""
+        if stage == "fit" and self._history is None:
+            self._history = History(Path(trainer.default_root_dir))
+            trainer.loggers = [*trainer.loggers, self._history]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Choose the pictures and keep what the base makes of them, while the text encoder and the VAE are here."""
+        self._step = trainer.global_step
+        if self._history is not None:
+            self._history.begin(trainer.global_step)
+        if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+            told = type(trainer.strategy).__name__
+            log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
+            return
+        self._steps = len(pl_module.family.alpha_bars)
+        with evaluating(trainer, pl_module), base_alone(pl_module):
+            self._sets = self._choose(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+            self._base = self._outputs(pl_module)
+        if trainer.global_step == 0 and self._sets:
+            # At B = 0 both are the same, exactly.
+            anew = pl_module.lora.start_from is None
+            found = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
+            self._send(trainer, found, 0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._by_range(trainer, pl_module)
+        step, stepped = trainer.global_step, trainer.global_step != self._step
+        self._step = step
+        # Without a validation there is nothing to wait for.
+        if self._base and stepped and not _validates(trainer) and self._due(trainer) and step < trainer.max_steps:
+            self._send(trainer, self._compare(trainer, pl_module), step)
+            self._write(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self._base or not (self._due(trainer) or _is_awaited(trainer)):
+            return
+        pl_module.log_dict(self._compare(trainer, pl_module), batch_size=1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._base and self._at != trainer.global_step:
+            self._send(trainer, self._compare(trainer, pl_module), trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The figures and the page, when all else is done."""
+        family = getattr(pl_module, "family", None)
+        released = getattr(getattr(pl_module, "memory", None), "release", False)
+        if self.figures and isinstance(family, Family) and not released and draws(trainer):
+            draw_figures(trainer, pl_module, family, self.seed)
+        self._write(trainer)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step - self._at >= self.every_n_steps
+
+    def _choose(self, data: Any, module: LoRAModule) -> dict[str, list[Chunk]]:
+        made: dict[str, list[Chunk]] = {}
+        for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
+            if len(rows) and self.pictures:
+                made[name] = fixed_chunks(module.family, rows, self.pictures, data.batch_size)
+        if self.prompts:
+            made[PROMPTS] = drawn_chunks(module, self.prompts, data.size, self.seed, data.batch_size)
+        return made
+
+    def _outputs(self, module: LoRAModule) -> dict[str, Outputs]:
+        return {
+            name: outputs(module, chunks, name, self.levels, self.seed, keep=name == PROMPTS)
+            for name, chunks in self._sets.items()
+        }
+
+    def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
+        with evaluating(trainer, module):
+            made = self._outputs(module)
+            norms = norms_by_block(module.layers())
+        self._at = trainer.global_step
+        self._watch(trainer, {name: one.losses for name, one in made.items() if name != PROMPTS})
+        return self._found(self._at, made).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
+
+    def _found(self, step: int, made: Mapping[str, Outputs]) -> Evaluation:
+        gaps = {name: gap(made[name].losses, self._base[name].losses) for name in made}
+        moved = drift(made[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in made else float("nan")
+        parts: dict[int, float] = {}
+        if HELD_OUT in made:
+            apart = (made[HELD_OUT].losses - self._base[HELD_OUT].losses).mean(0).tolist()
+            parts = dict(zip(middles(self._steps, self.levels), apart, strict=True))
+        return Evaluation(step, gaps, moved, parts)
+
+    def _watch(self, trainer: L.Trainer, losses: dict[str, Tensor]) -> None:
+        """Warn, once for each best step, where held-out pictures get worse while those that are trained get better."""
+        if HELD_OUT not in losses:
+            return
+        best = self._best
+        if not best or float(losses[HELD_OUT].mean()) < float(best[HELD_OUT].mean()):
+            self._best = {"step": self._at, "told": False, **losses}
+            return
+        risen = rise(losses[HELD_OUT], best[HELD_OUT])
+        better = TRAINING in losses and float(losses[TRAINING].mean()) < float(best[TRAINING].mean())
+        if risen is None or not better or best["told"]:
+            return
+        best["told"] = True
+        text = (
+            f"held-out loss rose by {risen.mean:.4f} (standard error {risen.error:.4f}) since step {best['step']}, "
+            "while the training pictures' fell: the adapter learns them by heart; stop near that step, "
+            "or lower the rank or the learning rate"
+        )
+        log.warning("step %d: %s", self._at, text)
+        if self._history is not None:
+            self._history.note("warning", text, self._at)
+
+    def _by_range(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not isinstance(module, DiffusionModule) or module.latest is None:
+            return
+        (t, losses), module.latest = module.latest, None
+        if self._sums is None:
+            self._sums = torch.zeros(2, self.levels, device=losses.device)
+        steps = len(module.family.alpha_bars)
+        self._sums = add(self._sums.to(losses.device), t, losses, steps)
+        done = trainer.global_step
+        if done == self._step or done % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        every = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        assert isinstance(every, Tensor)
+        found = zip(range_names(steps, self.levels), means(every), strict=True)
+        # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
+        self._send(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
+        self._sums = torch.zeros_like(self._sums)
+
+    def _send(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self.report and trainer.is_global_zero and trainer.state.fn == "fit":
+            write_page(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs to log the same."""
+        return {"at": self._at, "best": self._best, "sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._at, self._best, self._sums = state_dict["at"], state_dict["best"], state_dict["sums"]
+
+
+def _own(data: Any) -> Subset[Any]:
+    """The training pictures that are no regularisation."""
+    entries, sources = data.training.entries, data.sources
+    return Subset(data.training, [i for i, one in enumerate(entries) if sources[one.source].role == "training"])
+
+
+def _validates(trainer: L.Trainer) -> bool:
+    return bool(trainer.enable_validation and sum(trainer.num_val_batches))
+
+
+def _is_awaited(trainer: L.Trainer) -> bool:
+    """Whether a checkpoint or early stopping decides by what is logged here."""
+    named = (getattr(callback, "monitor", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(name, str) and name.startswith(MONITORED) for name in named)

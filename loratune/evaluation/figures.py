@@ -1,0 +1,122 @@
+"""The figures at the end of a run: the process forward and back, and where words are seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+
+from loratune.evaluation.attention import Maps, recorded, shares, words_of
+from loratune.evaluation.grids import captioned
+from loratune.evaluation.paired import evaluating, fixed_chunks
+from loratune.evaluation.strips import evenly, forward_states, heat, strip
+from loratune.families.family import Family
+from loratune.families.sampling import draw_start
+from loratune.families.sd import StableDiffusion
+from loratune.formats.atomic import atomic_path
+from loratune.formats.images import to_picture
+from loratune.training.randomness import generator
+
+log = logging.getLogger(__name__)
+FOLDER = "figures"
+STEPS, GUIDANCE, SHOWN = 20, 4.0, 8
+MOST_WORDS, ACROSS = 14, 8
+LOOKED_AT = 64
+
+
+def save_figure(trainer: L.Trainer, picture: Image.Image, name: str, tag: str) -> None:
+    """A picture into the run's folder, as figures/NAME.png, and into TensorBoard; where the disk is full, said."""
+    path = Path(trainer.default_root_dir) / FOLDER / f"{name}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            picture.save(temporary, "PNG")
+    except OSError as error:
+        log.warning("%s: not written (%s); training goes on", path, error)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+
+
+def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:
+    """Draw and save them; a device without the memory for it loses them, and not the run."""
+    try:
+        with evaluating(trainer, module):
+            made = figures(family, getattr(trainer, "datamodule", None), seed)
+            for name, picture in made.items() if trainer.is_global_zero else ():
+                save_figure(trainer, picture, name, f"figures/{name}")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])
+
+
+@torch.no_grad()
+def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
+    """Pictures by the names of report.strips.FIGURES.
+
+    Args:
+        family: the base with its adapter.
+        data: the run's data; a held-out picture is taken, or one of the training's.
+        seed: of the noise.
+    """
+    rows = data.held_out if len(data.held_out) else data.training
+    number = telling([entry.caption for entry in rows.entries[:LOOKED_AT]])
+    caption = rows.entries[number].caption
+    chunk = fixed_chunks(family, [rows[number]], 1, 1)[0]
+    x_0 = chunk.x_0[0].to(family.device)
+    steps = evenly(len(family.alpha_bars), SHOWN)
+    noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
+    states = forward_states(x_0, noise, family.coefficients, steps)
+    made = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
+    estimates: list[Tensor] = []
+
+    def keep(done: int, estimate: Tensor) -> None:
+        estimates.append(estimate[0])
+
+    def drawn() -> Tensor:
+        return draw_start(family, [caption], [seed], data.size, STEPS, GUIDANCE, on_estimate=keep)
+
+    if isinstance(family, StableDiffusion):
+        with recorded(family.network) as maps:
+            end = drawn()
+        words = _words(family, caption, maps, _decoded(family, end)[0], end.shape[-1])
+        made |= {"words": words} if words else {}
+    else:
+        end = drawn()
+    if estimates:
+        kept = evenly(len(estimates), SHOWN)
+        shown = _decoded(family, [estimates[at] for at in kept])
+        made["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
+    return made
+
+
+def telling(captions: Sequence[str]) -> int:
+    """The number of the caption with the most words of those that have no more than can be shown; else the first."""
+    counts = [len(caption.split()) for caption in captions]
+    return max(range(len(counts)), key=lambda at: counts[at] if counts[at] <= MOST_WORDS else 0)
+
+
+def _decoded(family: Family, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
+    # One at a time: a VAE's memory for one picture is known to be there.
+    return [to_picture(family.decode(one[None]).clamp(-1, 1)[0]) for one in latents]
+
+
+def _words(family: StableDiffusion, caption: str, maps: Maps, picture: Image.Image, side: int) -> Image.Image | None:
+    tokenizer: Any = family.tokenizer
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)[1:-1]
+    words = [(word, [at + 1 for at in places]) for word, places in words_of(pieces)]
+    window = family.text_encoder.config.max_position_embeddings - 1
+    words = [(word, places) for word, places in words if places[-1] < window]
+    if not words or not maps.sums:
+        return None
+    seen = shares(maps.tokens(side), words)
+    names = ["the picture", *(word for word, _ in words[:MOST_WORDS])]
+    pictures = [picture, *(heat(picture, one) for one in seen[:MOST_WORDS])]
+    return captioned(pictures, names, ACROSS)

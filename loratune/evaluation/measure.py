@@ -1,0 +1,142 @@
+"""Measuring a base or a LoRA on real captioned pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from loratune.data.sources import read_source
+from loratune.diffusion.objective import psnr
+from loratune.errors import UserError
+from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
+from loratune.families.family import Family
+from loratune.families.sampling import draw
+from loratune.families.sd import StableDiffusion
+from loratune.formats.images import normalise, open_picture, square, to_tensor
+from loratune.lora.load import load_with
+
+BY = (shapes, colours)
+
+
+def measure(
+    base: str,
+    what: str,
+    data: str,
+    lora: Sequence[str],
+    style: str | None,
+    samples: int,
+    size: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    """Measure, print JSON, and write it to `out` where that is given."""
+    reals, captions = read_pictures(data, size)
+    if what == "vae":
+        found = measure_vae(load_with(base, lora), reals[:samples])
+    elif what == "nearest":
+        found = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance, seed)
+    else:
+        if not style or not lora:
+            raise UserError("measure style: give --lora FILE and --style DATA too")
+        styled, names = read_pictures(style, size)
+        if names != captions:
+            raise UserError(f"{style}: its captions are not those of {data}, in the same order")
+        found = measure_style(base, lora, reals, styled, captions, size, steps, guidance, seed)
+    print(json.dumps(found, indent=2))
+    if out:
+        out.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def read_pictures(data: str, size: int) -> tuple[Tensor, list[str]]:
+    """All pictures of a source, (N, 3, size, size) in [-1, 1], and their captions."""
+    source = read_source(data)
+    pixels = [to_tensor(square(open_picture(one.data), size)) for one in source]
+    return normalise(torch.stack(pixels)), [one.caption or "" for one in source]
+
+
+@torch.no_grad()
+def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
+    """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
+    values = []
+    for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
+        x = family.start(family.encode_pictures(part), None)
+        values.append(psnr(family.decode(x), part))
+    return {"psnr_db": round(float(torch.cat(values).mean()), 2), "pictures": len(reals)}
+
+
+def draw_all(family: Family, captions: Sequence[str], size: int, steps: int, guidance: float, seed: int) -> Tensor:
+    """A picture for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
+    made = []
+    for start in track(range(0, len(captions), 16), description="drawing", transient=True):
+        part = captions[start : start + 16]
+        seeds = [seed + start + i for i in range(len(part))]
+        made.append(draw(family, part, seeds, size, steps, guidance).cpu())
+    return torch.cat(made)
+
+
+def measure_nearest(
+    family: StableDiffusion,
+    reals: Tensor,
+    captions: Sequence[str],
+    samples: int,
+    size: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The nearest-picture rates over samples of captions chosen at random."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(captions), generator=random)[:samples]
+    made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance, seed)
+    rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
+    return rates | {"samples": len(chosen), "guidance": guidance, "steps": steps}
+
+
+def measure_style(
+    base: str,
+    lora: Sequence[str],
+    reals: Tensor,
+    styled: Tensor,
+    captions: Sequence[str],
+    size: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> dict[str, Any]:
+    """How far a LoRA goes from the base's look to the style's, and whether it still draws the right things."""
+    before = draw_all(load_with(base, []), captions, size, steps, guidance, seed)
+    after = draw_all(load_with(base, lora), captions, size, steps, guidance, seed)
+    return style_numbers(before, after, reals, styled)
+
+
+def style_numbers(before: Tensor, after: Tensor, reals: Tensor, styled: Tensor) -> dict[str, Any]:
+    """The style's measure and the nearest-picture rates of one picture for each caption, before and after."""
+    base, reached = float(colourfulness(before).mean()), float(colourfulness(after).mean())
+    goal, right = float(colourfulness(styled).mean()), torch.arange(len(styled))
+    return {
+        "colourfulness": {
+            "base_pictures": round(float(colourfulness(reals).mean()), 4),
+            "style_pictures": round(goal, 4),
+            "before": round(base, 4),
+            "after": round(reached, 4),
+            "share_of_the_way": round(share_of_the_way(base, reached, goal), 4),
+        },
+        **{
+            f"nearest_of_20_by_{by.__name__}": {
+                "before_among_base_pictures": round(nearest_rate(before, reals, right, by), 4),
+                "after_among_base_pictures": round(nearest_rate(after, reals, right, by), 4),
+                "after_among_style_pictures": round(nearest_rate(after, styled, right, by), 4),
+            }
+            for by in BY
+        },
+        "captions": len(styled),
+    }

@@ -1,0 +1,304 @@
+"""The base and the adapted network on the same pictures, steps and noise: a difference without the noise of draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+
+from loratune.data.module import collate
+from loratune.diffusion.objective import weighted_error
+from loratune.diffusion.process import diffuse, target
+from loratune.errors import UserError
+from loratune.families.family import Family
+from loratune.families.sampling import draw_start
+from loratune.formats.images import normalise
+from loratune.lora.inject import adapted_layers, canonical, factors
+from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.ema import averaged
+from loratune.training.objectives import mask_of
+from loratune.training.randomness import generator
+
+DRAW_STEPS, GUIDANCE = 10, 4.0  # of the pictures of neutral prompts
+
+
+class Chunk(NamedTuple):
+    """Pictures of one shape, with the number of each among the pictures of its set.
+
+    Args:
+        numbers: b of them.
+        x_0: (b, ...), on the CPU.
+        batch: all else that the data say of them.
+    """
+
+    numbers: list[int]
+    x_0: Tensor
+    batch: dict[str, Any]
+
+
+class Outputs(NamedTuple):
+    """What a network made of a set of n pictures at k steps.
+
+    Args:
+        losses: mean squared error of each, (n, k) in float64 on the CPU.
+        outputs: of each chunk and step, (b, ...) on the CPU; none where they are not kept.
+    """
+
+    losses: Tensor
+    outputs: list[Tensor]
+
+
+class Gap(NamedTuple):
+    """How much larger the adapted network's loss is than the base's, over pictures.
+
+    Args:
+        mean: of the differences; below 0 the adapted network is better.
+        error: standard error of the mean; nan for one picture.
+        adapted: mean loss of the adapted network.
+        base: mean loss of the base.
+    """
+
+    mean: float
+    error: float
+    adapted: float
+    base: float
+
+
+def gap(adapted: Tensor, base: Tensor) -> Gap:
+    """The mean over pictures of the differences between paired losses (n, k), and its standard error s / sqrt(n).
+
+    The k losses of a picture are averaged first: they are not independent of one another.
+    """
+    difference = (adapted - base).mean(1)
+    error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
+    return Gap(float(difference.mean()), error, float(adapted.mean()), float(base.mean()))
+
+
+def drift(adapted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
+    """Relative squared difference of two networks' outputs: sum |f - f_0|^2 / sum |f_0|^2; 0 where they are alike."""
+    moved = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(adapted, base, strict=True))
+    return moved / max(sum(float(one.double().square().sum()) for one in base), 1e-30)
+
+
+def levels(steps: int, count: int) -> list[int]:
+    """The middles of `count` equal parts of the steps 0..T-1."""
+    return [steps * (2 * part + 1) // (2 * count) for part in range(count)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices, spread evenly over `count`."""
+    return [index * count // most for index in range(most)] if count > most else list(range(count))
+
+
+def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]:
+    """Some of a data set's pictures, always the same, in chunks of at most `size` pictures of one shape.
+
+    Args:
+        family: the base; of what its VAE made the mean is taken.
+        rows: samples by their index.
+        most: how many pictures.
+        size: of a chunk.
+    """
+    shapes: dict[tuple[int, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for number, index in enumerate(spread(len(rows), most)):
+        sample = rows[index]
+        shapes.setdefault(tuple(sample["mean" if "mean" in sample else "pixels"].shape), []).append((number, sample))
+    chunks = []
+    for held in shapes.values():
+        for start in range(0, len(held), size):
+            part = held[start : start + size]
+            batch = _encoded(family, collate([sample for _, sample in part]))
+            chunks.append(Chunk([number for number, _ in part], family.start(batch, None).cpu(), batch))
+    return chunks
+
+
+def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as the network's family starts from it; pictures that are in no cache are encoded here."""
+    if family.batch_kind != "latents" or "mean" in batch:
+        return batch
+    with torch.no_grad():
+        made = family.encode_pictures(normalise(batch["pixels"]).to(family.device))
+    kept = {name: value for name, value in batch.items() if name != "pixels"}
+    return kept | {name: value.cpu() for name, value in made.items()}
+
+
+def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
+    """Pictures that the base itself draws for prompts, as chunks; the adapter has to be off."""
+    family, chunks = module.family, []
+    for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
+        numbers = list(range(start, start + len(part)))
+        x_0 = draw_start(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE)
+        batch: dict[str, Any] = {"name": part, "caption": part}
+        if module.text_is_frozen:
+            batch["condition"] = {name: value.cpu() for name, value in family.encode_text(part).items()}
+        chunks.append(Chunk(numbers, x_0.cpu(), batch))
+    return chunks
+
+
+@torch.no_grad()
+def outputs(
+    module: DiffusionModule, chunks: Sequence[Chunk], name: str, count: int, seed: int, keep: bool = False
+) -> Outputs:
+    """What the network, as it stands, makes of pictures at `count` fixed steps and fixed noise.
+
+    The noise follows from the set's name, the picture's number, the step's and the seed: no generator is moved.
+    """
+    family, device = module.family, module.device
+    losses = torch.zeros(sum(len(chunk.numbers) for chunk in chunks), count, dtype=torch.float64)
+    kept: list[Tensor] = []
+    for chunk in chunks:
+        batch = move_data_to_device(chunk.batch, device)
+        x_0, told = chunk.x_0.to(device), module._condition(batch, None)
+        if "sizes" in batch:
+            told = {**told, "sizes": batch["sizes"]}
+        for part, step in enumerate(levels(len(family.alpha_bars), count)):
+            drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
+            noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
+            a, b = family.coefficients(t, x_0)
+            output = family.denoise(diffuse(x_0, noise, a, b), t, told)
+            error = weighted_error(output, target(family.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
+            losses[chunk.numbers, part] = error.double().cpu()
+            if keep:
+                kept.append(output.float().cpu())
+    return Outputs(losses, kept)
+
+
+@contextmanager
+def evaluating(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Within it the module evaluates: no dropout, averaged weights, the run's precision; then all is as it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), averaged(trainer, module), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def base_alone(module: Any) -> Iterator[None]:
+    """Within it the network and the text encoders are the base's: adapters off, new tokens as they began.
+
+    An adapter that was taken from W_0 (pissa, olora) is put back to its start, where it completes W_0.
+
+    Args:
+        module: a LoRAModule; others are left as they are.
+    """
+    start: Mapping[str, tuple[Tensor, Tensor]] = getattr(module, "_start", {})
+    with ExitStack() as stack:
+        for component, part in module.family.components().items():
+            for name, layer in adapted_layers(part).items():
+                if held := start.get(f"{component}.{canonical(component, name)}"):
+                    own = factors(layer)
+                    stack.enter_context(_holding(own["down"], held[0]))
+                    stack.enter_context(_holding(own["up"], held[1]))
+                else:
+                    stack.enter_context(_off(layer))
+        rows, first = getattr(module, "_rows", []), getattr(module, "_first_rows", [])
+        for row, held_row in zip(rows, first, strict=True):
+            stack.enter_context(_holding(row, held_row))
+        yield
+
+
+@contextmanager
+def _off(layer: Any) -> Iterator[None]:
+    # peft's own switch would change which parameters ask for gradients.
+    before, layer._disable_adapters = layer._disable_adapters, True
+    try:
+        yield
+    finally:
+        layer._disable_adapters = before
+
+
+@contextmanager
+def _holding(parameter: Tensor, value: Tensor) -> Iterator[None]:
+    before = parameter.detach().clone()
+    parameter.data.copy_(value.view_as(parameter))
+    try:
+        yield
+    finally:
+        parameter.data.copy_(before)
+
+
+def check_weights(module: Any, weights: Sequence[float]) -> None:
+    """See that a module can be drawn with its adapter at these weights.
+
+    Raises:
+        UserError: it has none, or one that was taken from W_0, of which only 0 and 1 can be drawn.
+    """
+    if not any(adapted_layers(part) for part in _parts(module)):
+        if any(weight != 1 for weight in weights):
+            raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
+        return
+    if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
+        told = "with lora.init pissa and olora only 0 and 1 can be drawn"
+        raise UserError(f"samples.weights has {odd[0]:g}: {told}; change either")
+
+
+@contextmanager
+def weighted(module: Any, weight: float) -> Iterator[None]:
+    """Within it adapters count `weight` times as much as trained; 0 is the base alone.
+
+    Raises:
+        UserError: as `check_weights`.
+    """
+    check_weights(module, [weight])
+    if weight == 0:
+        with base_alone(module):
+            yield
+        return
+    layers = [layer for part in _parts(module) for layer in adapted_layers(part).values()]
+    held = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update({name: weight * scale for name, scale in layer.scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, held, strict=True):
+            layer.scaling.update(scaling)
+
+
+def _parts(module: Any) -> Sequence[nn.Module]:
+    family = getattr(module, "family", None)
+    return list(family.components().values()) if family is not None else []
+
+
+def rise(now: Tensor, best: Tensor) -> Gap | None:
+    """How far losses (n, k) are above those of an earlier step: None where it is within two standard errors."""
+    found = gap(now, best)
+    return found if found.mean > 2 * found.error else None  # False for nan
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found at a step.
+
+    Args:
+        step: of the run.
+        gaps: of each set of pictures.
+        drift: nan where there are no prompts.
+        levels: the held-out pictures' mean gap at each step of the process at which they were compared.
+    """
+
+    step: int
+    gaps: dict[str, Gap]
+    drift: float
+    levels: dict[int, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged; what is not a number is left out."""
+        found: dict[str, float] = {}
+        for name, one in self.gaps.items():
+            found |= {f"{name}/gap": one.mean, f"{name}/gap_se": one.error, f"{name}/loss": one.adapted}
+        found |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
+        found["drift"] = self.drift
+        return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,121 @@
+"""Sample grids in TensorBoard, at fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from loratune.evaluation.figures import save_figure
+from loratune.evaluation.grids import captioned, grid
+from loratune.evaluation.paired import check_weights, evaluating, weighted
+from loratune.families.family import Family
+from loratune.families.sampling import draw
+from loratune.formats.images import to_picture
+from loratune.training.sharding import draws
+
+
+class SampleGrid(L.Callback):
+    """Draw the same prompts from the same noise every so often, step 0 included, into TensorBoard.
+
+    Args:
+        prompts: what is drawn; none draws captions of held-out pictures (or of training pictures).
+        every_n_steps: steps between grids; 0 draws none.
+        seed: of the first prompt; the next ones count from it.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; 1 is none.
+        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
+        weights: of the LoRA, a row of pictures for each; 0 is the base, 1 the LoRA as trained.
+    """
+
+    def __init__(
+        self,
+        prompts: tuple[str, ...] = (),
+        every_n_steps: int = 250,
+        seed: int = 0,
+        steps: int = 20,
+        guidance: float = 4.0,
+        sampler: str = "ddim",
+        weights: tuple[float, ...] = (1.0,),
+    ) -> None:
+        if every_n_steps < 0 or steps < 1:
+            raise ValueError("samples: give every_n_steps of 0 or more, and steps of 1 or more")
+        if not weights or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"samples.weights is {list(weights)}; give one number or more, such as [0, 0.5, 1]")
+        self.weights = tuple(weights)
+        self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
+        self.steps, self.guidance, self.sampler = steps, guidance, sampler
+        self._drawn_at = -1
+        self._base: Tensor | None = None  # the base's drawings, which do not change
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse weights that cannot be drawn."""
+        if self.every_n_steps and self.weights != (1.0,):
+            check_weights(pl_module, self.weights)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._maybe(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._maybe(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_steps:
+            self._draw(trainer, pl_module)
+
+    def _maybe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        family = getattr(pl_module, "family", None)
+        step = trainer.global_step
+        if not isinstance(family, Family) or not draws(trainer) or step == self._drawn_at:
+            return
+        self._drawn_at = step
+        prompts = self.prompts or _captions(trainer)
+        with evaluating(trainer, pl_module):
+            rows = [self._row(trainer, pl_module, family, prompts, weight) for weight in self.weights]
+        if not trainer.is_global_zero:
+            return
+        cell = max(128, rows[0].shape[-1])
+        pictures = [[to_picture(one) for one in row] for row in rows]
+        if len(rows) == 1:
+            sheet = captioned(pictures[0], prompts, cell=cell)
+        else:
+            sheet = grid(pictures, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
+        save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and step == 0:
+                logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
+
+    def _row(
+        self, trainer: L.Trainer, module: L.LightningModule, family: Family, prompts: Sequence[str], weight: float
+    ) -> Tensor:
+        if weight == 0 and self._base is not None:
+            return self._base
+        size = trainer.datamodule.size  # type: ignore[attr-defined]
+        with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
+            most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            pixels = torch.cat([self._pixels(family, prompts, at, most, size) for at in range(0, len(prompts), most)])
+        if weight == 0:
+            self._base = pixels
+        return pixels
+
+    def _pixels(self, family: Family, prompts: Sequence[str], start: int, count: int, size: int) -> Tensor:
+        """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
+        some = prompts[start : start + count]
+        seeds = [self.seed + start + i for i in range(len(some))]
+        return draw(family, some, seeds, size, self.steps, self.guidance, self.sampler).cpu()
+
+
+def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    entries = data.held_out.entries or data.training.entries
+    return [entry.caption for entry in entries[:most]]

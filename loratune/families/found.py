@@ -1,0 +1,161 @@
+"""Bases by name: where they lie, what they are, told from headers and configurations, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import UserError
+from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind
+from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
+
+ASSETS = Path(__file__).parent.parent / "assets"
+CONFIGS_KEY = "loratune.configs"
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+Configs = dict[str, dict[str, Any]]
+"""Configurations by component, the scheduler's among them; `model_index` has the pipeline's `_class_name`."""
+
+_SD, _XL = ("unet", "vae", "text_encoder"), ("unet", "vae", "text_encoder", "text_encoder_2")
+# The components with weights in a diffusers folder of each pipeline class.
+PIPELINE_PARTS = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionXLPipeline": _XL,
+    "StableDiffusionXLInpaintPipeline": _XL,
+}
+SUPPORTED = "a base must be a Stable Diffusion 1.x, 2.x or XL checkpoint"
+# What single files call the kinds of prediction, and what diffusers does.
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+
+def builtin_names() -> list[str]:
+    """Names of the embedded bases."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+
+
+def find_base(name: str) -> Path:
+    """The folder or file that a base's name stands for.
+
+    Args:
+        name: `builtin:NAME`, a diffusers folder, a `.safetensors` file, or a hub id such as `owner/model`.
+
+    Raises:
+        UserError: there is no such base, or it is a pickle.
+    """
+    if name.startswith("builtin:"):
+        folder = ASSETS / name.removeprefix("builtin:")
+        if name.removeprefix("builtin:") not in builtin_names():
+            raise UserError(f"base {name}: there is no such embedded base; there is {builtin_names()}")
+        return folder
+    path = Path(name).expanduser()
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UserError(f"{path}: a pickle can run any code when it is opened; only .safetensors files are loaded")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: no model_index.json, so this is no diffusers folder")
+    if path.exists():
+        return path
+    if path.suffix or path.is_absolute() or name.count("/") != 1:
+        raise UserError(f"base {name}: no such file or folder (nor builtin:NAME, nor a hub id owner/model)")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]))
+    except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"base {name}: no such folder here, and the hub did not give it: {reason}") from error
+
+
+def configs_of_file(path: Path) -> Configs:
+    """The configurations of a base, read without its weights.
+
+    Raises:
+        UserError: it is no checkpoint that is known.
+    """
+    if path.is_dir():
+        return folder_configs(path)
+    header = read_header(path)
+    if carried := header.metadata.get(CONFIGS_KEY):
+        return _carried(path, carried)
+    if found := detect(header):
+        configs = architectures()[found]
+        configs["scheduler"] |= told_schedule(header)
+        return configs | {"model_index": {"_class_name": pipeline_name(configs)}}
+    kind = describe_unsupported(header) or "not a checkpoint that is known here"
+    raise UserError(f"{path}: {kind}; {SUPPORTED}")
+
+
+def _carried(path: Path, text: str) -> Configs:
+    try:
+        configs = json.loads(text)
+        whole = all(isinstance(configs[part], dict) for part in (*_SD, "scheduler"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: its metadata {CONFIGS_KEY} is damaged; write the file again")
+    return dict(configs)
+
+
+def told_schedule(header: Header) -> dict[str, Any]:
+    """What a single file says of its noise schedule, as a diffusers scheduler has it; {} where it says nothing.
+
+    Metadata by Stability's modelspec, or the empty tensors `v_pred` and `ztsnr` that SDXL files carry. With zero
+    terminal SNR, drawing must start at the last step: trailing (Lin 2024).
+    """
+    told: dict[str, Any] = {}
+    kind = "v" if "v_pred" in header.tensors else header.metadata.get("modelspec.prediction_type", "").lower()
+    if kind in PREDICTIONS:
+        told["prediction_type"] = PREDICTIONS[kind]
+    if "ztsnr" in header.tensors:
+        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return told
+
+
+def pipeline_name(configs: Configs) -> str:
+    """diffusers' class of pipeline for configurations; those of single files may not name one."""
+    xl = "XL" if layout_kind(configs) == "sdxl" else ""
+    inpaint = "Inpaint" if is_inpainting(configs) else ""
+    return f"StableDiffusion{xl}{inpaint}Pipeline"
+
+
+def is_inpainting(configs: Configs) -> bool:
+    """Whether the U-Net takes a mask and a masked picture beside x_t (9 channels)."""
+    return bool(configs["unet"].get("in_channels") == 9)
+
+
+def folder_configs(folder: Path) -> Configs:
+    """The configurations of a diffusers folder.
+
+    Raises:
+        UserError: it is of a pipeline that is not supported, or a file of it is missing or no JSON.
+    """
+    name = read_json(folder / "model_index.json").get("_class_name")
+    if name not in PIPELINE_PARTS:
+        raise UserError(f"{folder}: it is for {name}, which is not supported; there is {', '.join(PIPELINE_PARTS)}")
+    configs = {"model_index": {"_class_name": name}}
+    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    return configs | {part: read_json(folder / part / "config.json") for part in PIPELINE_PARTS[name]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a base's folder.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the base is not complete") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,129 @@
+"""Weights from diffusers' layout to the original single file's and back, for every kind of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratune.errors import UserError
+from loratune.families.architectures import (
+    PREFIXES,
+    canonical_text_name,
+    entries,
+    ignored,
+    layout_kind,
+    shapes_taken,
+)
+from loratune.families.layouts import Config, Place, Shape
+
+POSITION_IDS = "embeddings.position_ids"
+# What diffusers called the parts of the VAE's attention until 2023; SD 1.x folders on the hub have them still.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+def to_single_file(
+    components: Weights, configs: Mapping[str, Config], source: Path | str = "the base"
+) -> dict[str, Tensor]:
+    """The components' weights under the keys and in the shapes of the single file.
+
+    Values are not copied, except OpenCLIP's q, k and v, which become one tensor, and its projection, which is turned.
+
+    Args:
+        components: unet, vae and the text encoders, each a state dict; text keys with or without text_model.
+        configs: of the same components; others are not looked at.
+        source: where the weights came from, for messages.
+
+    Raises:
+        UserError: a key is not of the configurations' table, missing, or of another shape.
+    """
+    given = {
+        f"{component}.{key}": value
+        for component in PREFIXES[layout_kind(configs)]
+        for key, value in canonical_keys(component, components[component]).items()
+    }
+    table = {f"{component}.{key}": (shape, place) for component, key, shape, place in entries(configs)}
+    _check_keys(source, given.keys(), table.keys())
+    parts: dict[str, list[Tensor]] = {}
+    for name, (shape, place) in table.items():
+        _check_shape(source, name, given[name], (shape,))
+        parts.setdefault(place.key, []).append(_into_file(given[name], place))
+    return {key: torch.cat(held) if len(held) > 1 else held[0] for key, held in parts.items()}
+
+
+def from_single_file(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, Config], source: Path | str = "the checkpoint"
+) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `to_single_file`; schedules, averages and buffers in the file are left out.
+
+    Args:
+        tensors: of the file, by key.
+        configs: of its components.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a key is not of the configurations' table, missing, or of another shape.
+    """
+    table = list(entries(configs))
+    known, unused = {place.key for *_, place in table}, ignored(configs)
+    _check_keys(source, [key for key in tensors if key in known or not key.startswith(unused)], known)
+    components: dict[str, dict[str, Tensor]] = {component: {} for component in PREFIXES[layout_kind(configs)]}
+    for component, name, shape, place in table:
+        _check_shape(source, place.key, tensors[place.key], shapes_taken(shape, place))
+        components[component][name] = _out_of_file(tensors[place.key], place, shape)
+    return components
+
+
+def _into_file(value: Tensor, place: Place) -> Tensor:
+    if place.rows is not None:
+        return value
+    return value.T.contiguous() if place.transposed else value.reshape(place.shape)
+
+
+def _out_of_file(value: Tensor, place: Place, shape: Shape) -> Tensor:
+    part = value if place.rows is None else value[slice(*place.rows)]
+    return (part.T if place.transposed else part).reshape(shape)
+
+
+def _check_keys(source: Path | str, given: Collection[str], wanted: Collection[str]) -> None:
+    if unknown := [key for key in given if key not in wanted]:
+        raise UserError(f"{source}: {unknown[0]!r} is not part of this architecture ({len(unknown)} such keys)")
+    if missing := sorted(set(wanted) - set(given)):
+        raise UserError(f"{source}: {missing[0]!r} is missing ({len(missing)} such keys); the weights are not complete")
+
+
+def _check_shape(source: Path | str, key: str, value: Tensor, taken: tuple[Shape, ...]) -> None:
+    if tuple(value.shape) not in taken:
+        told = f"has shape {list(value.shape)}; this architecture has {list(taken[0])}"
+        raise UserError(f"{source}: {key!r} {told}")
+
+
+def canonical_keys(component: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A component's state dict under today's names, whichever version of diffusers or transformers wrote it."""
+    if component.startswith("text_encoder"):
+        return canonical_text_keys(state_dict)
+    return {_today(key): value for key, value in state_dict.items()} if component == "vae" else dict(state_dict)
+
+
+def _today(key: str) -> str:
+    before, found, part = key.partition(".mid_block.attentions.0.")
+    name, dot, kind = part.partition(".")
+    return f"{before}{found}{OLD_VAE_ATTENTION.get(name, name)}{dot}{kind}"
+
+
+def canonical_text_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's state dict with the text_model level that files have, without position_ids."""
+    return {canonical_text_name(key): value for key, value in state_dict.items() if not key.endswith(POSITION_IDS)}
+
+
+def module_text_keys(state_dict: Mapping[str, Tensor], module_keys: Iterable[str]) -> dict[str, Tensor]:
+    """A CLIP text encoder's state dict under the keys of a live module, whichever transformers made it.
+
+    Keys that the module does not have keep their canonical name, so that loading them strictly tells.
+    """
+    own = {canonical_text_name(key): key for key in module_keys}
+    return {own.get(key, key): value for key, value in canonical_text_keys(state_dict).items()}

@@ -1,0 +1,132 @@
+"""The LoRA that turns one checkpoint into another: the nearest B A of low rank to each W - W_0, a tensor at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratune.errors import UserError
+from loratune.families.architectures import module_names, title
+from loratune.families.found import Configs, configs_of_file, find_base
+from loratune.families.layouts import Shape
+from loratune.families.pipelines import lora_metadata
+from loratune.lora.algebra import SVD, randomized_svd
+from loratune.lora.base_weights import Weights, open_weights
+from loratune.lora.file import LoRAFile, standard_metadata
+from loratune.lora.layers import LoRALayer
+from loratune.lora.progress import shown
+from loratune.lora.reading import DTYPES, Errors, Format, check_out, check_rank, kept_rank, truncated, write
+
+FIRST_RANK = 16  # how many singular values are asked for first where --keep tells how many are needed
+NAMED = 3  # of what cannot be held, in the message
+
+
+def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: Format, dtype: str) -> None:
+    """Write the LoRA from one checkpoint to another, and print how much of the difference it holds.
+
+    Raises:
+        UserError: a checkpoint is not known or not complete, they are of different architectures or the same.
+    """
+    check_rank(rank, keep)
+    paths = find_base(base), find_base(tuned)
+    check_out(out, paths)
+    before, after = (configs_of_file(path) for path in paths)
+    _check_same(paths, before, after)
+    with open_weights(paths[0], before) as old, open_weights(paths[1], after) as new:
+        layers, errors, other = extracted(old, new, module_names(before), rank, keep, DTYPES[dtype])
+    if other:
+        print(f"{len(other)} tensors differ that a LoRA cannot hold: {_named(other)}")
+    if not layers:
+        raise UserError(f"{tuned}: no layer that a LoRA can hold differs from {base}; there is nothing to extract")
+    note = {"base": base, "tuned": tuned, "rank": rank, "keep": keep, "error": errors.overall, "not_held": len(other)}
+    kind = lora_metadata(before)
+    metadata = standard_metadata(name=out.stem, base_model=kind["base_model"], architecture=kind["architecture"])
+    write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
+    ranks = sorted({layer.rank for layer in layers.values()})
+    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    print(f"{out}: {len(layers)} layers of {told}; {errors.told()}")
+
+
+def _check_same(paths: tuple[Path, Path], before: Configs, after: Configs) -> None:
+    kinds = [title(configs) for configs in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{paths[1]}: is {kinds[1]}, but {paths[0]} is {kinds[0]}; give two of the same architecture")
+
+
+def _named(names: Sequence[str]) -> str:
+    """How many there are of each component, and the first few."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(f'{n} of {part}' for part, n in counts.items())} ({', '.join(names[:NAMED])}{more})"
+
+
+def extracted(
+    old: Weights, new: Weights, names: Sequence[str], rank: int | None, keep: float | None, dtype: torch.dtype
+) -> tuple[dict[str, LoRALayer], Errors, list[str]]:
+    """The layers that differ, how far each is off, and the tensors that differ but are in no such layer.
+
+    Args:
+        old: W_0.
+        new: W.
+        names: of the layers that a LoRA can sit on.
+        rank: of every layer; a layer never gets more than it has.
+        keep: or the share of the squared Frobenius norm of W - W_0 that each layer keeps.
+        dtype: of the tensors.
+
+    Raises:
+        UserError: a tensor has another shape in the other checkpoint, or values that are not finite.
+    """
+    wanted = {f"{name}.weight": name for name in names}
+    layers: dict[str, LoRALayer] = {}
+    errors, other = Errors(), []
+    for key in shown(list(old.shapes), "comparing"):
+        change = _change(old, new, key)
+        if not change.any():
+            continue
+        if key not in wanted:
+            other.append(key)
+            continue
+        name = wanted[key]
+        layers[name] = _layer(change.flatten(1), old.shapes[key], rank, keep, dtype)
+        written = layers[name].matrix()
+        errors.whole[name] = float(change.double().norm()) ** 2
+        errors.apart[name] = float((change.flatten(1) - written).double().norm()) ** 2
+    return layers, errors, other
+
+
+def _change(old: Weights, new: Weights, key: str) -> Tensor:
+    """W - W_0 in float32."""
+    if new.shapes.get(key) != old.shapes[key]:
+        shapes = f"{new.shapes.get(key)}, in {old.path} {old.shapes[key]}"
+        raise UserError(f"{new.path}: {key} is {shapes}; give two checkpoints of the same architecture")
+    change = new.read(key).float() - old.read(key).float()
+    if not change.isfinite().all():
+        raise UserError(f"{new.path}: {key} or that of {old.path} has values that are not finite; one is damaged")
+    return change
+
+
+def _layer(change: Tensor, shape: Shape, rank: int | None, keep: float | None, dtype: torch.dtype) -> LoRALayer:
+    parts = randomized_svd(change, min(rank, *change.shape)) if rank else _enough(change, keep or 1.0)
+    whole = float(change.double().norm())
+    kept = _rank_of(parts.s, whole, keep) if keep else kept_rank(parts, rank, None)
+    return truncated(parts, kept, shape, dtype)
+
+
+def _enough(change: Tensor, keep: float) -> SVD:
+    """So many singular triplets that they keep the share; asked for in doubling numbers, as most layers need few."""
+    wanted, asked = keep * float(change.double().square().sum()), FIRST_RANK
+    while True:
+        parts = randomized_svd(change, min(asked, *change.shape))
+        if asked >= min(change.shape) or float(parts.s.double().square().sum()) >= wanted:
+            return parts
+        asked *= 2
+
+
+def _rank_of(s: Tensor, whole: float, keep: float) -> int:
+    """The smallest rank that keeps the share of `whole`'s square, where `s` are the leading values alone."""
+    kept = s.double().square().cumsum(0)
+    return min(int((kept < keep * whole**2).sum()) + 1, max(1, int((s > 0).sum())))

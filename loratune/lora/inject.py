@@ -1,0 +1,311 @@
+"""Adapters put into a frozen W_0 (by peft), and taken out again: LoRA and its relatives."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
+from torch import Tensor, nn
+
+from loratune.errors import UserError
+from loratune.lora.fused import fuse
+from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.whole import whole
+
+ADAPTER = "default"
+PRESETS = {
+    "cross-attention": r".*\battn2\.to_(q|k|v)",
+    "attention": r".*\battn[12]\.to_(q|k|v|out\.0)",
+    "attention+ff": r".*\b(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
+    "all-linear": r".*",
+    "all": r".*",
+    "none": r"(?!)",
+}
+TEXT_TARGETS = r".*\bself_attn\.(q_proj|k_proj|v_proj|out_proj)"
+# Where peft keeps each factor of an adapter, by the field of the layer in files.
+FACTORS: dict[type[LowRank], dict[str, str]] = {
+    LoRALayer: {"down": "lora_A", "up": "lora_B", "magnitude": "lora_magnitude_vector"},
+    LoHaLayer: {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    LoKrLayer: {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+PARAMETERS = ("lora_", "hada_", "lokr_")
+Layer: TypeAlias = LoraLayer | LycorisLayer
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """How W_0 is adapted: h = W_0 x + (alpha / r) B A x (Hu 2021, section 4.1), or a relative of it.
+
+    Args:
+        kind: lora (LoCon where targets are convolutions), dora (Liu 2024), loha (Hyeon-Woo 2022) or lokr
+            (Edalati 2022, LyCORIS).
+        rank: r, the inner size of B A.
+        alpha: the scale is alpha / r; by default r, so that the scale is 1.
+        rslora: make the scale alpha / sqrt(r) (Kalajdzievski 2023).
+        dropout: share of x's entries dropped before A, in [0, 1); of the rows of Delta W for loha and lokr.
+        targets: cross-attention (W_Q, W_K, W_V), attention, attention+ff, all-linear, all (convolutions too), none
+            (new tokens or the text encoder alone), or a regular expression that whole module names of the U-Net
+            must match.
+        ranks: other ranks by a regular expression of whole module names; the first that matches counts.
+        alphas: other alphas, likewise.
+        init: of A, with B = 0: kaiming, or gaussian; or of both from W_0, with B A taken from it: pissa (Meng
+            2024) or olora (Buyukakyuz 2024).
+        text_encoder: adapt the text encoders' attention too.
+        text_encoder_rate: the text encoders' learning rate as a multiple of the optimizer's.
+        b_rate: B's learning rate as a multiple of A's (LoRA+, Hayou 2024; the paper's is 16).
+        start_from: a LoRA file to go on from, in any format that is read; its kind and ranks must be these.
+    """
+
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: str = "cross-attention"
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    text_encoder: bool = False
+    text_encoder_rate: float = 1.0
+    b_rate: float = 1.0
+    start_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        for key, rank in (("rank", self.rank), *self.ranks.items()):
+            if rank < 1:
+                raise ValueError(f"lora.{key} is {rank}; give 1 or more")
+        for key, alpha in (("alpha", self.alpha), *self.alphas.items()):
+            if alpha is not None and not 0 < alpha < math.inf:
+                raise ValueError(f"lora.{key} is {alpha}; give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; give 0 or more and less than 1")
+        for key in ("targets", "ranks", "alphas"):
+            for pattern in [self.pattern] if key == "targets" else getattr(self, key):
+                _check_pattern(key, pattern)
+        for key in ("text_encoder_rate", "b_rate"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"lora.{key} is {getattr(self, key)}; give a number above 0")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        plain = self.kind in ("lora", "dora")
+        if not plain and (self.rslora or self.init != "kaiming" or self.b_rate != 1):
+            raise ValueError(f"lora: rslora, init and b_rate are of kind lora and dora; leave them out for {self.kind}")
+        if self.init in ("pissa", "olora") and (self.kind == "dora" or self.start_from):
+            raise ValueError(f"lora.init {self.init} changes W_0 itself: not with kind dora or start_from")
+        if self.text_encoder_rate != 1 and not self.text_encoder:
+            raise ValueError("lora.text_encoder_rate is set, but lora.text_encoder is false; set it to true")
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression of the targets."""
+        return PRESETS.get(self.targets, self.targets)
+
+    @property
+    def linear_only(self) -> bool:
+        """Whether convolutions are left out whatever the pattern says."""
+        return self.targets == "all-linear"
+
+    @property
+    def scaled_alpha(self) -> float:
+        """alpha, with its default."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def rank_of(self, name: str) -> int:
+        """r of a module."""
+        return next((rank for pattern, rank in self.ranks.items() if re.fullmatch(pattern, name)), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """alpha of a module; where none is given anywhere, its r."""
+        default = float(self.rank_of(name)) if self.alpha is None else self.alpha
+        return next((alpha for pattern, alpha in self.alphas.items() if re.fullmatch(pattern, name)), default)
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"lora.{key} {pattern!r} is no preset and no regular expression: {error}") from None
+
+
+def match_targets(module: nn.Module, pattern: str, linear_only: bool = False) -> list[str]:
+    """Names of the Linear and Conv2d layers that the pattern matches whole.
+
+    Raises:
+        UserError: it matches none; the message lists the kinds of layer that exist.
+    """
+    kinds = nn.Linear if linear_only else nn.Linear | nn.Conv2d
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    found = [name for name in names if re.fullmatch(pattern, name) and isinstance(module.get_submodule(name), kinds)]
+    if not found:
+        listed = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names})
+        raise UserError(f"lora.targets {pattern!r} matches no layer; there are: {', '.join(listed)}")
+    return found
+
+
+def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
+    """Put an adapter beside every target; the module computes what it did before.
+
+    Returns:
+        The names of the adapted layers.
+    """
+    targets = match_targets(module, pattern, lora.linear_only)
+    if lora.init in ("pissa", "olora"):
+        for name in targets:
+            if not isinstance(module.get_submodule(name), nn.Linear):
+                raise UserError(
+                    f"lora.init {lora.init} is for linear layers; {name} is a convolution: set lora.targets"
+                )
+    ranks = {name: rank for name in targets if (rank := lora.rank_of(name)) != lora.rank}
+    alphas = {name: alpha for name in targets if (alpha := lora.alpha_of(name)) != lora.scaled_alpha}
+    shared: dict[str, Any] = {"r": lora.rank, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
+    if lora.kind in ("lora", "dora"):
+        config: Any = LoraConfig(
+            **shared,
+            lora_alpha=lora.scaled_alpha,
+            lora_dropout=lora.dropout,
+            use_rslora=lora.rslora,
+            use_dora=lora.kind == "dora",
+            init_lora_weights=True if lora.init == "kaiming" else lora.init,
+            bias="none",
+        )
+    else:
+        kind = LoHaConfig if lora.kind == "loha" else LoKrConfig
+        config = kind(**shared, alpha=lora.scaled_alpha, rank_dropout=lora.dropout)
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    for layer in adapted_layers(module).values():
+        if lora.kind == "lora":
+            fuse(cast(LoraLayer, layer), ADAPTER)
+    return targets
+
+
+def adapted_layers(module: nn.Module) -> dict[str, Layer]:
+    """The layers that carry an adapter, by name."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer | LycorisLayer)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is an adapter's."""
+    return any(part.startswith(PARAMETERS) for part in name.split("."))
+
+
+def factors(layer: Layer) -> dict[str, Tensor]:
+    """The parameters of a layer's adapter, by the fields of its kind in files."""
+    found = {}
+    for name, attribute in FACTORS[_kind(layer)].items():
+        held = getattr(layer, attribute, {})
+        if ADAPTER in held:
+            found[name] = held[ADAPTER].weight if isinstance(held[ADAPTER], nn.Module) else held[ADAPTER]
+    return found
+
+
+def _kind(layer: Layer) -> type[LowRank]:
+    if isinstance(layer, LoraLayer):
+        return LoRALayer
+    return LoHaLayer if hasattr(layer, "hada_w1_a") else LoKrLayer
+
+
+def collect(
+    components: Mapping[str, nn.Module], start: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, LowRank]:
+    """Every adapted layer as files hold it, under its canonical name (float32, on the CPU).
+
+    Args:
+        components: modules by component.
+        start: A and B at the start by canonical name, where they were taken from W_0 (pissa, olora): the change
+            is then B A - B_0 A_0, of rank 2 r.
+    """
+    layers: dict[str, LowRank] = {}
+    for component, module in components.items():
+        for name, layer in adapted_layers(module).items():
+            full = f"{component}.{canonical(component, name)}"
+            held = {key: whole(value).detach().float().cpu().clone() for key, value in factors(layer).items()}
+            layers[full] = _as_file(layer, held, (start or {}).get(full))
+    return layers
+
+
+def _as_file(layer: Layer, held: dict[str, Tensor], start: tuple[Tensor, Tensor] | None) -> LowRank:
+    kind = _kind(layer)
+    alpha = float(layer.scaling[ADAPTER] * layer.r[ADAPTER])
+    if "magnitude" in held:
+        held["magnitude"] = held["magnitude"].reshape(-1, *[1] * (held["down"].dim() - 1))
+    if kind is LoKrLayer and {"w1", "w2"} <= held.keys():
+        held["w1"] *= float(layer.scaling[ADAPTER])  # readers take the scale for 1 where both are whole
+        alpha = 1.0
+    if start is not None:
+        held = {"down": torch.cat([held["down"], start[0]]), "up": torch.cat([held["up"], -start[1]], dim=1)}
+        alpha *= 2
+    made: LowRank = cast(Any, kind)(**held, alpha=alpha)
+    return made
+
+
+def at_start(components: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer as they are now, by canonical name."""
+    collected = collect(components)
+    return {name: (layer.down, layer.up) for name, layer in collected.items() if isinstance(layer, LoRALayer)}
+
+
+@torch.no_grad()
+def put(components: Mapping[str, nn.Module], layers: Mapping[str, LowRank], path: Path) -> None:
+    """Set adapters to a file's, to go on from it.
+
+    Raises:
+        UserError: the file has another kind of adapter, other ranks, or layers that are not adapted here.
+    """
+    places = {
+        f"{component}.{canonical(component, name)}": layer
+        for component, module in components.items()
+        for name, layer in adapted_layers(module).items()
+    }
+    if foreign := [name for name in layers if name not in places]:
+        raise UserError(
+            f"lora.start_from {path}: {foreign[0]} is not adapted here ({len(foreign)} such layers); "
+            "set lora.targets and lora.text_encoder so that all of the file's are"
+        )
+    for name, layer in layers.items():
+        own = factors(places[name])
+        given = layer.tensors()
+        if type(layer) is not _kind(places[name]) or own.keys() != given.keys():
+            raise UserError(f"lora.start_from {path}: {name} is a {layer.name}; set lora.kind to that")
+        for part, value in given.items():
+            if own[part].numel() != value.numel():
+                raise UserError(
+                    f"lora.start_from {path}: {name} has rank {layer.rank}; set lora.rank, or lora.ranks, so"
+                )
+            own[part].copy_(value.view_as(own[part]))
+        places[name].scaling[ADAPTER] = layer.scale
+
+
+def canonical(component: str, name: str) -> str:
+    """A module's name as files have it: transformers 5 dropped the text_model level that they keep."""
+    if component.startswith("text_encoder") and not name.startswith("text_model."):
+        return f"text_model.{name}"
+    return name
+
+
+def switch(components: Iterable[nn.Module], weight: float | None) -> None:
+    """Scale all adapters: 0 is the base alone, 1 as trained, None leaves them."""
+    for module in components:
+        for layer in adapted_layers(module).values():
+            if weight is not None:
+                layer.set_scale(ADAPTER, weight)
+
+
+def parameter_groups(components: Mapping[str, nn.Module], lora: LoRA) -> list[dict[str, Any]]:
+    """The adapters' parameters by learning rate; `factor` is what the optimizer's own is multiplied by."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, module in components.items():
+        text = lora.text_encoder_rate if name.startswith("text_encoder") else 1.0
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad and is_adapter(key):
+                own = text * (lora.b_rate if ".lora_B." in f".{key}" else 1.0)
+                groups.setdefault(own, []).append(parameter)
+    return [{"params": held, "factor": factor} for factor, held in groups.items()]

@@ -1,0 +1,286 @@
+"""What a file is. A checkpoint is told by its header alone, at once and without torch; a LoRA's tensors are read."""
+
+from __future__ import annotations
+
+import json as jsons
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loratune.errors import UserError
+from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind, title
+from loratune.families.found import CONFIGS_KEY, PIPELINE_PARTS, WEIGHTS, folder_configs, is_inpainting, told_schedule
+from loratune.formats.headers import Header, read_header
+from loratune.lora.fits import fitting, layer_names
+from loratune.lora.names import DOWN, detect_format
+from loratune.lora.original_keys import Keys, read_keys
+from loratune.lora.readers import REFUSED, WHOLE, verdicts
+
+if TYPE_CHECKING:
+    from loratune.lora.file import LoRAFile
+
+OURS = "loratune."
+# What of sd-scripts' metadata tells about the training, by what people call it.
+TRAINING = {
+    "base model": ("ss_sd_model_name", "ss_base_model_version"),
+    "trained by": ("ss_network_module",),
+    "steps": ("ss_steps", "ss_max_train_steps"),
+    "epochs": ("ss_epoch", "ss_num_epochs"),
+    "pictures": ("ss_num_train_images",),
+    "resolution": ("ss_resolution",),
+    "learning rate": ("ss_learning_rate",),
+    "of the U-Net": ("ss_unet_lr",),
+    "of the text encoder": ("ss_text_encoder_lr",),
+    "optimizer": ("ss_optimizer",),
+    "schedule": ("ss_lr_scheduler",),
+    "clip skip": ("ss_clip_skip",),
+    "min-SNR gamma": ("ss_min_snr_gamma",),
+    "noise offset": ("ss_noise_offset",),
+    "precision": ("ss_mixed_precision",),
+    "seed": ("ss_seed",),
+    "comment": ("ss_training_comment",),
+}
+SHOWN = 120  # characters of a value in the table; JSON has it whole
+LISTED = 6  # items of a list in the table
+# Text widths of the bases, where a LoRA's own names cannot be read.
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+
+
+def inspect(file: Path, json: bool, diff: Path | None = None) -> None:
+    """Print what a file is, or how a LoRA differs from another, as a table or as JSON.
+
+    Raises:
+        UserError: a file cannot be read, or `diff` is asked for with what is no LoRA.
+    """
+    found = _difference(file, diff) if diff else describe(file)
+    if json:
+        print(jsons.dumps(found, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in found.items():
+        if value not in (None, {}, []):
+            table.add_row(Text(_plain(key), style="bold"), Text(_shown(value)))
+    Console().print(table)
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """What a file, or a diffusers folder, is.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if file.is_dir():
+        return describe_folder(file)
+    header = read_header(file)
+    return describe_lora(file, header) if detect_format(header.tensors) else describe_checkpoint(file, header)
+
+
+def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
+    """Family, variant, size, dtypes, merges and metadata of a checkpoint, from its header alone."""
+    name = detect(header)
+    own = CONFIGS_KEY in header.metadata
+    found: dict[str, Any] = {"file": str(file)}
+    if name:
+        configs = architectures()[name]
+        found |= {"kind": "checkpoint", "family": title(configs), "architecture": name}
+        found["variant"] = "inpainting" if is_inpainting(configs) else "text to image"
+        found["prediction"] = told_schedule(header).get("prediction_type", "not told by the file")
+        found["layout"] = f"single file ({layout_kind(configs)})"
+    elif own:
+        found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
+    else:
+        found["kind"] = describe_unsupported(header) or "not a file that is known here"
+    found |= _of_header(header)
+    merged = {key: _parsed(value) for key, value in header.metadata.items() if "merge" in key.lower()}
+    rest = {key: value for key, value in header.metadata.items() if key != CONFIGS_KEY and key not in merged}
+    return found | {"merged": merged, "metadata": rest}
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Family and components of a diffusers folder, from its configurations and headers alone.
+
+    Raises:
+        UserError: it is no diffusers folder, or one that is not supported or not complete.
+    """
+    configs = folder_configs(folder)
+    name = configs["model_index"]["_class_name"]
+    headers = {part: read_header(folder / part / WEIGHTS[part]) for part in PIPELINE_PARTS[name]}
+    return {
+        "file": str(folder),
+        "kind": "checkpoint",
+        "family": title(configs),
+        "variant": "inpainting" if is_inpainting(configs) else "text to image",
+        "prediction": configs["scheduler"].get("prediction_type", "not told by the folder"),
+        "layout": f"diffusers folder ({name})",
+        "size": f"{sum(header.size for header in headers.values()):,} bytes",
+        "components": {part: _of_header(header) for part, header in headers.items()},
+        "merged": {part: header.metadata for part, header in headers.items() if "loratune.merged" in header.metadata},
+    }
+
+
+def _of_header(header: Header) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for info in header.tensors.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + 1
+    told = ", ".join(f"{dtype} x {count}" for dtype, count in counts.items())
+    return {"tensors": len(header.tensors), "size": f"{header.size:,} bytes, {told}"}
+
+
+def describe_lora(file: Path, header: Header) -> dict[str, Any]:
+    """Kind, format, family, sizes, readers, norms and training of a LoRA.
+
+    Raises:
+        UserError: its tensors cannot be read at all.
+    """
+    keys = read_keys(file, header)
+    lora, problem = _read(file)
+    found: dict[str, Any] = {"file": str(file), "kind": _kind(keys), "format": keys.format or "not known"}
+    found["family"] = _family(keys, header, lora)
+    if lora is not None:
+        alphas = {layer.alpha for layer in lora.layers.values()}
+        found |= {"rank": sorted({layer.rank for layer in lora.layers.values()}), "alpha": sorted(alphas)}
+    else:
+        found |= {"rank": sorted(set(keys.ranks.values())), "alpha": sorted(set(keys.alphas.values()))}
+    found |= {
+        "layers": len(lora.layers if lora else keys.layers),
+        "targets": _targets(lora.layers if lora else keys.layers),
+    }
+    found |= _of_header(header)
+    ours = {"loads": WHOLE, "notes": []} if problem is None else _refusal(problem)
+    found["readers"] = {"loratune": ours, **verdicts(keys)}
+    found |= _numbers(file, header, lora)
+    found |= {"training": _training(header.metadata)}
+    carried = {key.removeprefix(OURS): value for key, value in header.metadata.items() if key.startswith(OURS)}
+    rest = {key: value for key, value in header.metadata.items() if not key.startswith((OURS, "lora_adapter"))}
+    return {**carried, **found} | {"metadata": rest}
+
+
+def _read(file: Path) -> tuple[LoRAFile | None, str | None]:
+    from loratune.lora.file import read_lora
+
+    try:
+        return read_lora(file, layer_names()), None
+    except UserError as error:
+        return None, str(error).removeprefix(f"{file}: ")
+
+
+def _refusal(problem: str) -> dict[str, Any]:
+    return {"loads": REFUSED, "notes": [{"effect": REFUSED, "why": problem, "keys": []}]}
+
+
+def _kind(keys: Keys) -> str:
+    kinds = keys.kinds
+    return ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
+
+
+def _family(keys: Keys, header: Header, lora: LoRAFile | None) -> str:
+    if lora is not None:
+        fit = fitting({name: layer.flat_shape for name, layer in lora.layers.items()})
+        if fit:
+            return " or ".join(fit)
+    downs = {name: header.tensors[held[DOWN]].shape for name, held in keys.layers.items() if DOWN in held}
+    widths = {shape[1] for name, shape in downs.items() if re.search(r"attn2[._]to_k$", name) and len(shape) > 1}
+    width = widths.pop() if len(widths) == 1 else None
+    told = WIDTHS.get(width, f"not known: its text width is {width}") if width else "not known"
+    return f"{told}, by its text width alone" if width in WIDTHS else told
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """The kinds of layer, without their places."""
+    inside = r"^.*?(?=attn\d[._]|self_attn[._]|ff[._]|mlp[._])"
+    return sorted({re.sub(inside if re.match(inside, name) else r"^.*\.\d+\.", "", name) for name in names})
+
+
+def _numbers(file: Path, header: Header, lora: LoRAFile | None) -> dict[str, Any]:
+    """Norms by block, and what is not finite."""
+    from loratune.formats.files import read_tensors
+    from loratune.lora.compare import not_finite, sizes_by_block
+    from loratune.lora.progress import shown
+
+    if lora is None:
+        kinds = {key for key, info in header.tensors.items() if info.dtype in ("F16", "BF16", "F32", "F64")}
+        each = ((key, read_tensors(file, [key])[key]) for key in header.tensors if key in kinds)
+        return {"not finite": not_finite(each)}
+    sizes = sizes_by_block(shown(list(lora.layers.items()), "norms"))
+    return {
+        "not finite": {},
+        "norm of (alpha/r) B A": {block: found["frobenius"] for block, found in sizes.items()},
+        "spectral norm": {block: found["spectral"] for block, found in sizes.items()},
+        "effective rank": {block: found["effective_rank"] for block, found in sizes.items()},
+    }
+
+
+def _training(metadata: dict[str, str]) -> dict[str, str]:
+    told = {}
+    for label, names in TRAINING.items():
+        given = [metadata[name] for name in names if metadata.get(name, "None") not in ("None", "")]
+        if given:
+            told[label] = " / ".join(given)
+    if tags := _tags(metadata.get("ss_tag_frequency", "")):
+        told["most frequent tags"] = ", ".join(tags)
+    return told
+
+
+def _tags(text: str) -> list[str]:
+    """The ten most frequent tags of sd-scripts' ss_tag_frequency: {folder: {tag: count}}."""
+    parsed = _parsed(text)
+    counts: dict[str, int] = {}
+    for tags in parsed.values() if isinstance(parsed, dict) else []:
+        for tag, count in tags.items() if isinstance(tags, dict) else []:
+            counts[tag] = counts.get(tag, 0) + (count if isinstance(count, int) else 0)
+    return sorted(counts, key=lambda tag: -counts[tag])[:10]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return jsons.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _difference(one: Path, other: Path) -> dict[str, Any]:
+    from loratune.lora.compare import difference
+    from loratune.lora.file import read_lora
+    from loratune.lora.progress import shown
+
+    for path in (one, other):
+        if path.is_dir() or not detect_format(read_header(path).tensors):
+            raise UserError(f"{path}: is no LoRA; --diff compares two LoRAs, `extract` two checkpoints")
+    left, right = (read_lora(path, layer_names()).layers for path in (one, other))
+    names = shown(sorted({*left, *right}), "comparing")
+    return {"A": str(one), "B": str(other), **difference(left, right, names)}
+
+
+def _shown(value: Any, indent: str = "") -> str:
+    """A value for people: short numbers, the beginning of long texts and lists."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        if set(value) == {"loads", "notes"}:
+            return _verdict(value, indent)
+        lines = [f"{_plain(name)}: {_shown(one, f'{indent}  ')}" for name, one in value.items()]
+        return ("\n" + indent if indent else "") + f"\n{indent}".join(lines)
+    if isinstance(value, list):
+        more = f", and {len(value) - LISTED} more" if len(value) > LISTED else ""
+        return ", ".join(_shown(one) for one in value[:LISTED]) + more
+    text = _plain(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
+def _plain(value: Any) -> str:
+    """On one line, and without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value).split()))
+
+
+def _verdict(value: dict[str, Any], indent: str) -> str:
+    lines = [str(value["loads"])]
+    for note in value["notes"]:
+        keys: Sequence[str] = note["keys"]
+        told = f" ({len(keys)} keys, such as {keys[0]})" if keys else ""
+        lines.append(_plain(f"{note['why']}{told}"))
+    return f"\n{indent}".join(lines)

@@ -1,0 +1,44 @@
+"""A base with LoRAs added to its weights, ready to sample from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from loratune.errors import UserError
+from loratune.families.found import configs_of_file, find_base
+from loratune.families.load import layer_names, load_family
+from loratune.families.sd import StableDiffusion
+from loratune.lora.file import LoRAFile
+from loratune.lora.merge.memory import merge_into, parse_weighted
+from loratune.lora.tokens import put_embedding
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the first GPU, or the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: not available here; give cpu or auto") from None
+
+
+def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: Sequence[Path] = ()) -> StableDiffusion:
+    """A base with LoRAs added to its weights and with learned tokens, ready to draw."""
+    family = load_family(base)
+    names = layer_names(configs_of_file(find_base(base)))
+    loras = [parse_weighted(text, names) for text in lora]
+    merge_into(family.components(), loras)
+    for one in loras:
+        family.follow(cast(LoRAFile, one.file).metadata)
+    for file in embedding:
+        put_embedding(file, family.text_parts())
+    return family.requires_grad_(False).eval().to(pick_device(device))

@@ -1,0 +1,240 @@
+"""`FILE:WEIGHT,block=ratio`: which LoRA counts how strongly in which block; without torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import UserError
+from loratune.families.found import PIPELINE_PARTS, WEIGHTS, Configs, configs_of_file
+from loratune.formats.headers import Header, read_header
+from loratune.lora.merge.slots import Slot, component_slots, file_slots
+
+# The beginnings of canonical names, and what the command line calls them.
+SHORT = {
+    "unet.down_blocks.": "down.",
+    "unet.mid_block.": "mid.",
+    "unet.up_blocks.": "up.",
+    "text_encoder.": "te1.",
+    "text_encoder_2.": "te2.",
+}
+# Blocks that hold others.
+WIDER = {"te1": "te", "te2": "te", "down": "unet", "mid": "unet", "up": "unet"}
+BLOCK = re.compile(r"([A-Za-z][\w.]*)=([^:=,/]*)")
+# Where a layer's name ends in a LoRA file's key.
+ENDS = re.compile(r"\.(lora[_.]|alpha$|hada_|lokr_|dora_scale|processor\.|oft_|diff)")
+BEGINNINGS = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "text_encoder_2_", "text_encoder_", "unet_")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A LoRA as given on the command line, not read yet.
+
+    Args:
+        path: of its file.
+        weight: how strongly it counts.
+        blocks: ratios by block, multiplied with the weight.
+    """
+
+    path: Path
+    weight: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_of(self, name: str) -> float:
+        """The weight of the layer of a canonical name: by the longest block that has it."""
+        fitting = [block for block in self.blocks if within(name, block)]
+        return self.weight * (self.blocks[max(fitting, key=_depth)] if fitting else 1.0)
+
+    def told(self) -> list[object]:
+        """As the merged file's metadata has it."""
+        return [str(self.path), self.weight, *([dict(self.blocks)] if self.blocks else [])]
+
+
+def short(name: str) -> str:
+    """A canonical name as blocks are called: `unet.down_blocks.1.attentions.0...` is `down.1.attentions.0...`."""
+    for beginning, called in SHORT.items():
+        if name.startswith(beginning):
+            return called + name.removeprefix(beginning)
+    return name
+
+
+def block_of(name: str) -> str:
+    """The block that a layer is counted with: down.N, mid, up.N, unet for what lies outside them, te1 or te2."""
+    first, second = short(name).split(".")[:2]
+    return f"{first}.{second}" if first in ("down", "up") else first
+
+
+def within(name: str, block: str) -> bool:
+    """Whether a layer lies in a block: down, mid, up, down.1.attentions.0, unet, te1, te2, or te for both."""
+    called = short(name)
+    wider = WIDER.get(called.split(".")[0])
+    return block == wider or f"{called}.".startswith(f"{block}.")
+
+
+def _depth(block: str) -> tuple[bool, int]:
+    return block not in WIDER.values(), block.count(".")
+
+
+def parse(text: str) -> Given:
+    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT,block=ratio,...`.
+
+    Raises:
+        UserError: a number that is none or not finite, a block given twice, or a file that is no safetensors file.
+    """
+    head, blocks = _blocks(text)
+    path, weight = Path(head), 1.0
+    if not path.exists() and ":" in head:
+        name, _, number = head.rpartition(":")
+        path, weight = Path(name), _number(text, number, f"write FILE:WEIGHT, such as {name}:0.8")
+    if path.suffix not in (".safetensors", "") and path.exists():
+        raise UserError(f"{path}: only .safetensors files are loaded; this may be a pickle, which can run any code")
+    return Given(path, weight, blocks)
+
+
+def _blocks(text: str) -> tuple[str, dict[str, float]]:
+    """The text before the blocks, and the blocks."""
+    head = text
+    found: list[tuple[str, ...]] = []
+    while "," in head and not Path(head).exists():
+        before, _, last = head.rpartition(",")
+        if not (part := BLOCK.fullmatch(last)):
+            break
+        head, found = before, [part.groups(), *found]
+    blocks: dict[str, float] = {}
+    for block, number in found:
+        if block in blocks:
+            raise UserError(f"--lora {text}: the block {block} is there twice; give it once")
+        blocks[block] = _number(text, number, f"write BLOCK=RATIO, such as {block}=0.5")
+    return head, blocks
+
+
+def _number(text: str, number: str, remedy: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        raise UserError(f"--lora {text}: {number!r} is no number; {remedy}") from None
+    if not math.isfinite(value):
+        raise UserError(f"--lora {text}: the weight must be finite")
+    return value
+
+
+def check_blocks(given: Given, names: Collection[str]) -> None:
+    """Check that every block is one of a base's.
+
+    Args:
+        given: as on the command line.
+        names: canonical names of the base's layers.
+
+    Raises:
+        UserError: there is no such block; the message lists those that there are.
+    """
+    for block in given.blocks:
+        if not any(within(name, block) for name in names):
+            known = sorted({block_of(name) for name in names})
+            told = f"there are te, unet, down, up, {', '.join(known)} and what lies in them"
+            raise UserError(f"--lora {given.path}: the base has no block {block!r}; {told}")
+
+
+def mentioned(keys: Iterable[str], names: Mapping[str, str]) -> set[str]:
+    """The layers that a LoRA file's keys seem to be for: a guess from their spelling, for what is copied first.
+
+    Args:
+        keys: of the LoRA file.
+        names: other name (the original layout's, or the same) by canonical name of the base's layers.
+
+    Returns:
+        Canonical names; all of them where a key is of no layer.
+    """
+    table: dict[str, set[str]] = {}
+    for name, other in names.items():
+        for called in (name.partition(".")[2], other):
+            table.setdefault(called.replace(".", "_"), set()).add(name)
+    found: set[str] = set()
+    for stem in {ENDS.split(key)[0].replace(".", "_") for key in keys}:
+        start = next((start for start in BEGINNINGS if stem.startswith(start)), "")
+        if (plain := stem.removeprefix(start)) not in table:
+            return set(names)
+        found |= table[plain]
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be merged.
+
+    Args:
+        base: as given.
+        path: of the base.
+        given: the LoRAs.
+        out: what is written.
+        exact: compute in float64.
+        allow_partial: leave out what the base has no layer for.
+        in_place: `out` may be the base.
+        unmerge: subtract.
+    """
+
+    base: str
+    path: Path
+    given: Sequence[Given]
+    out: Path
+    exact: bool = False
+    allow_partial: bool = False
+    in_place: bool = False
+    unmerge: bool = False
+
+    @cached_property
+    def configs(self) -> Configs:
+        """The base's configurations."""
+        return configs_of_file(self.path)
+
+    @cached_property
+    def files(self) -> dict[str, dict[Path, Header]]:
+        """The files that hold the base's weights: by component in a folder, all under "" in a single file."""
+        if self.path.is_file():
+            return {"": {self.path: read_header(self.path)}}
+        parts = [part for part in PIPELINE_PARTS[self.configs["model_index"]["_class_name"]] if part != "vae"]
+        return {part: {file: read_header(file) for file in weight_files(self.path, part)} for part in parts}
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Where the weights of the base's layers lie, by canonical name."""
+        if self.path.is_file():
+            return file_slots(self.path, self.files[""][self.path], self.configs)
+        found: dict[str, Slot] = {}
+        for part, headers in self.files.items():
+            found |= component_slots(part, headers)
+        return found
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What the merged file's metadata says of this merge."""
+        flags = {name: True for name in ("exact", "unmerge") if getattr(self, name)}
+        return {"base": self.base, "loras": [one.told() for one in self.given], **flags}
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files with a component's weights: the plain one, else a variant (fp16), else its shards.
+
+    Raises:
+        UserError: there is none.
+    """
+    plain = folder / part / WEIGHTS[part]
+    if plain.is_file():
+        return [plain]
+    stem = plain.name.removesuffix(".safetensors")
+    found = sorted((folder / part).glob(f"{stem}[.-]*.safetensors"))
+    shards = [file for file in found if "-of-" in file.name]
+    variants = [file for file in found if file not in shards and "ema" not in file.name]
+    if variants:
+        return variants[:1]
+    if not shards:
+        raise UserError(f"{plain}: there is no such file, nor a variant of it; only .safetensors files are loaded")
+    # Of shards in several precisions, one.
+    first = shards[0].name.partition("-0")[0]
+    last = shards[0].name.partition("-of-")[2]
+    return [file for file in shards if file.name.startswith(f"{first}-0") and file.name.endswith(f"-of-{last}")]

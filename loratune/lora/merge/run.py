@@ -1,0 +1,294 @@
+"""`loratune merge`: LoRAs added to a checkpoint, or taken out again.
+
+numpy is loaded while the copy is under way; torch is not at all, unless a LoRA is of a kind that needs it.
+"""
+
+from __future__ import annotations
+
+import json as jsons
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune.errors import UserError
+from loratune.families.architectures import module_names, original_names
+from loratune.families.found import PIPELINE_PARTS, WEIGHTS, find_base
+from loratune.formats.atomic import atomic_folder, atomic_path
+from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
+from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
+from loratune.lora.merge.report import Bar, report_of, show
+from loratune.lora.merge.request import Request, check_blocks, mentioned, parse, weight_files
+from loratune.lora.merge.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratune.lora.file import LoRAFile
+    from loratune.lora.merge.match import AnyLayer, Matches, Weighted
+    from loratune.lora.merge.stream import Tally
+    from loratune.lora.plain import PlainFile
+
+MERGES_KEY = "loratune.merged"
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+TEXTS = (".json", ".txt")
+SMALL = 1 << 20  # bytes; what is less is copied at once
+
+
+def merge(
+    base: str,
+    lora: Sequence[str],
+    out: Path,
+    exact: bool = False,
+    allow_partial: bool = False,
+    in_place: bool = False,
+    unmerge: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a base with LoRAs added (or subtracted) and say what that did.
+
+    Raises:
+        UserError: nothing to add, the LoRAs do not fit, or the place cannot be written to; nothing is left there.
+    """
+    if not lora:
+        raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:WEIGHT")
+    asked = Request(base, find_base(base), [parse(text) for text in lora], out, exact, allow_partial, in_place, unmerge)
+    _check_out(asked)
+    for one in asked.given:
+        check_blocks(one, module_names(asked.configs))
+    converting = asked.path.is_dir() == (out.suffix == ".safetensors")
+    report = _converted(asked) if converting else _streamed(asked)
+    if json:
+        print(jsons.dumps(report, indent=2))
+    else:
+        show(report)
+
+
+def _check_out(asked: Request) -> None:
+    out, path = asked.out, asked.path
+    if out.suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError(f"--out {out}: pickles are not written; give a name that ends in .safetensors, or a folder's")
+    for one in asked.given:
+        if _same(out, one.path):
+            raise UserError(f"--out {out}: is a LoRA that is merged; give another name")
+    if _same(out, path) and not asked.in_place:
+        raise UserError(f"--out {out}: is the base itself; give another name, or --in-place to replace it")
+    if path.is_dir() and path.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out}: lies inside the base; give another place")
+    if out.suffix == ".safetensors" and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give another name")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file or folder, however they are spelled or linked."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and os.path.samefile(one, other))
+
+
+def noted(metadata: Mapping[str, str], note: Mapping[str, Any]) -> dict[str, str]:
+    """A file's metadata with one merge more in its list of them."""
+    try:
+        before = jsons.loads(metadata.get(MERGES_KEY, "[]"))
+    except (ValueError, RecursionError):
+        before = metadata[MERGES_KEY]
+    merges = before if isinstance(before, list) else [before]
+    return {**metadata, MERGES_KEY: jsons.dumps([*merges, note])}
+
+
+class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the LoRAs' keys was wrong)
+    """Other components are changed than was thought when writing began."""
+
+    def __init__(self, parts: set[str]) -> None:
+        self.parts = parts
+
+
+def _streamed(asked: Request) -> dict[str, Any]:
+    """Merge into what the base is: a file into a file, a folder into a folder."""
+    keys = [key for one in asked.given for key in read_header(one.path).tensors]
+    originals = original_names(asked.configs)
+    guessed = mentioned(keys, {name: originals.get(name, name) for name in asked.slots})
+    parts = {""} if asked.path.is_file() else {name.split(".")[0] for name in guessed}
+    try:
+        return _attempt(asked, guessed, parts)
+    except _OtherParts as other:
+        return _attempt(asked, guessed, other.parts)
+
+
+def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, Any]:
+    """Merge, with notes in the files of some components; the others' files stay as they are, byte for byte.
+
+    Raises:
+        _OtherParts: those are not the components that change.
+    """
+    bar = Bar()
+    with ExitStack() as stack:
+        target = _place(asked, stack)
+        outputs = _open(asked, target, parts, stack)
+        headers = {file: header for part in parts for file, header in asked.files[part].items()}
+        changing = {file: output for file, output in outputs.items() if file in headers}
+        withheld = {file: _ranges(asked.slots, guessed, file) for file in changing}
+        _check_room(asked, outputs, withheld)
+        writer = stack.enter_context(Writer(bar.advance))
+        for file, output in outputs.items():
+            writer.copy(output, without([(0, output.length)], withheld.get(file, [])))
+        bar.show(sum(output.length for output in outputs.values()), stack)
+
+        _load_numpy()  # only now, as it takes a while
+        from loratune.lora.merge.stream import apply, patches
+
+        loras, found = _matched(asked, {name: slot.shape for name, slot in asked.slots.items()})
+        actual = {""} if asked.path.is_file() else {name.split(".")[0] for name in found.terms}
+        if actual != parts:
+            raise _OtherParts(actual)
+        made = patches(asked.slots, found.terms)
+        tallies = apply(made, changing, writer, withheld, asked.exact, asked.unmerge)
+    tensors = len({(patch.slot.file, patch.slot.key) for patch in made})
+    return report_of(asked, loras, found, tallies, tensors)
+
+
+def _place(asked: Request, stack: ExitStack) -> Path:
+    """The temporary file or folder that becomes the output."""
+    replace = asked.in_place and _same(asked.out, asked.path)
+    out = asked.out.resolve() if replace else asked.out  # the base itself, not a link to it
+    return stack.enter_context(atomic_folder(out, replace) if asked.path.is_dir() else atomic_path(out))
+
+
+def _open(asked: Request, target: Path, parts: Iterable[str], stack: ExitStack) -> dict[Path, Output]:
+    """The outputs by source file, with their headers; a folder's small files are copied."""
+    headers = {file: header for part in parts for file, header in asked.files[part].items()}
+    if asked.path.is_file():
+        metadata = noted(headers[asked.path].metadata, asked.note)
+        return {asked.path: stack.enter_context(opened(asked.path, headers[asked.path], target, metadata))}
+    outputs: dict[Path, Output] = {}
+    for file in _kept(asked.path, parts, headers):
+        place = target / file.relative_to(asked.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file in headers:
+            metadata = noted(headers[file].metadata, asked.note)
+            outputs[file] = stack.enter_context(opened(file, headers[file], place, metadata))
+        elif file.stat().st_size < SMALL:
+            shutil.copyfile(file, place)
+        else:
+            outputs[file] = stack.enter_context(opened_copy(file, place))
+    return outputs
+
+
+def _kept(folder: Path, parts: Iterable[str], weights: Mapping[Path, Header]) -> list[Path]:
+    """A folder's files, without other copies (half precision, pickles) of the weights of components that change.
+
+    They would stay unmerged beside the merged ones.
+    """
+    changing = {folder / part for part in parts}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if file.parent not in changing or file.suffix in TEXTS or file in weights]
+
+
+def _ranges(slots: Mapping[str, Slot], names: Iterable[str], file: Path) -> list[Range]:
+    return joined((slots[name].start, slots[name].stop) for name in names if slots[name].file == file)
+
+
+def _check_room(asked: Request, outputs: Mapping[Path, Output], withheld: Mapping[Path, Sequence[Range]]) -> None:
+    needed = 0
+    for file, output in outputs.items():
+        changed = sum(stop - start for start, stop in withheld.get(file, []))
+        needed += changed if output.shared else output.begins[1] + output.length
+    check_space(asked.out.resolve().parent, needed, asked.out)
+
+
+def _load_numpy() -> None:
+    """Load numpy with one thread for each product: the layers are what runs in parallel."""
+    if "numpy" in sys.modules:
+        return
+    before = os.environ.get(BLAS_THREADS)
+    os.environ[BLAS_THREADS] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[BLAS_THREADS]
+        else:
+            os.environ[BLAS_THREADS] = before
+
+
+def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted[AnyLayer]], Matches[AnyLayer]]:
+    """The LoRAs, read, and their layers in the base."""
+    from loratune.lora.merge.match import Weighted, terms_by_layer
+
+    names = module_names(asked.configs)
+    loras: list[Weighted[AnyLayer]] = [Weighted(one, _read(one.path, names)) for one in asked.given]
+    for one in loras if asked.unmerge else []:
+        if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
+            told = "is a DoRA, whose change depends on the W_0 that is wanted back"
+            raise UserError(f"{one.path}: {dora[0]} {told}; it cannot be unmerged")
+    return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
+
+
+def _read(path: Path, names: Sequence[str]) -> PlainFile | LoRAFile:
+    """A LoRA, by torch only where it is more than plain, or has a fault that must be told."""
+    from loratune.lora.plain import read_plain
+
+    if (plain := read_plain(path, names)) is not None:
+        return plain
+    from loratune.lora.file import read_lora
+
+    return read_lora(path, names)
+
+
+def _converted(asked: Request) -> dict[str, Any]:
+    """Merge a folder into a single file, or the other way; all weights are in memory."""
+    import torch
+
+    from loratune.families.load import read_single_file, write_single_file
+    from loratune.families.save import write_settings
+    from loratune.formats.files import dtype_name, write_safetensors
+    from loratune.lora.merge.stream import checked
+
+    path = asked.path
+    configs, weights = (asked.configs, _read_folder(asked)) if path.is_dir() else read_single_file(path)
+    flat = {
+        f"{part}.{key.removesuffix('.weight')}": (part, key)
+        for part in weights
+        if part != "vae"
+        for key in weights[part]
+        if key.endswith(".weight")
+    }
+    loras, found = _matched(asked, {name: weights[part][key].shape for name, (part, key) in flat.items()})
+    tallies: dict[str, Tally] = {}
+    for name, terms in found.terms.items():
+        if some := [(weight, layer) for weight, layer in terms if weight]:
+            part, key = flat[name]
+            where, new = f"{path}: {part} {key!r}", weights[part][key].clone().contiguous()
+            raw = new.reshape(-1).view(torch.uint8).numpy()
+            tallies[name] = checked(raw, dtype_name(new.dtype), new.shape, some, where, asked.exact, asked.unmerge)
+            weights[part][key] = new
+    headers = [header for some in asked.files.values() for header in some.values()]
+    merges = {key: header.metadata[key] for header in headers for key in (MERGES_KEY,) if key in header.metadata}
+    note = {MERGES_KEY: noted(merges, asked.note)[MERGES_KEY]}
+    size = sum(value.numel() * value.element_size() for some in weights.values() for value in some.values())
+    folder = asked.out.resolve().parent
+    check_space(next(one for one in (folder, *folder.parents) if one.exists()), size, asked.out)
+    if asked.out.suffix == ".safetensors":
+        write_single_file(asked.out, configs, weights, note)
+    else:
+        with atomic_folder(asked.out) as temporary:
+            for part in weights:
+                changed = any(name.startswith(f"{part}.") for name in found.terms)
+                metadata = {"format": "pt", **(note if changed else {})}
+                (temporary / part).mkdir()
+                write_safetensors(temporary / part / WEIGHTS[part], weights[part], metadata)
+            write_settings(temporary, configs)
+    return report_of(asked, loras, found, tallies, len(tallies))
+
+
+def _read_folder(asked: Request) -> dict[str, dict[str, Tensor]]:
+    """A folder's weights by component, shards and variants too, under today's names."""
+    from loratune.families.single_file import canonical_keys
+    from loratune.formats.files import read_tensors
+
+    found = {}
+    for part in PIPELINE_PARTS[asked.configs["model_index"]["_class_name"]]:
+        tensors = {key: value for file in weight_files(asked.path, part) for key, value in read_tensors(file).items()}
+        found[part] = canonical_keys(part, tensors)
+    return found

@@ -1,0 +1,35 @@
+"""How large an adapter has become, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from loratune.lora.algebra import factors, inner
+from loratune.lora.layers import LowRank
+
+
+def block_of(name: str) -> str:
+    """The block of a canonical layer name: unet.down_blocks.0, unet.mid_block, text_encoder.layers.3."""
+    component, *parts = name.split(".")
+    while parts and parts[0] in ("text_model", "encoder"):
+        parts = parts[1:]
+    if not parts:
+        return component
+    numbered = len(parts) > 1 and parts[1].isdigit()
+    return ".".join([component, *parts[: 2 if numbered else 1]])
+
+
+def norms_by_block(layers: Mapping[str, LowRank]) -> dict[str, float]:
+    """Frobenius' norm of all scaled B A of each block: ||B A||^2 = <B^T B, A A^T>, so that B A is never formed.
+
+    DoRA's magnitudes are left out. LoHa and LoKr by the factors that their products have.
+    """
+    squares: dict[str, float] = {}
+    for name, layer in layers.items():
+        product = factors(layer, torch.float64)
+        block = block_of(name)
+        squares[block] = squares.get(block, 0.0) + max(inner(product, product), 0.0)
+    return {block: math.sqrt(square) for block, square in squares.items()}

@@ -1,0 +1,253 @@
+"""Recipes: LightningCLI with our sections, our defaults, and mistakes told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from loratune import __version__
+from loratune.data.module import CaptionedImages
+from loratune.errors import UserError
+from loratune.evaluation.evaluate import Evaluate
+from loratune.evaluation.samples import SampleGrid
+from loratune.families.pixels import PixelDDPM
+from loratune.families.prompts import Prompts
+from loratune.families.sd import NewStableDiffusion, StableDiffusion
+from loratune.formats.atomic import atomic_path
+from loratune.lora.tokens import NewToken
+from loratune.recipe.mistakes import check_recipes, explain
+from loratune.runs.checkpoints import Checkpoints, use_atomic
+from loratune.runs.guard import Guard
+from loratune.runs.prepare import check_data, give_back, make_room, prepare
+from loratune.runs.resume import Finish, Run
+from loratune.runs.stopping import SIGNALS
+from loratune.training.autoencoder import AutoencoderModule
+from loratune.training.contrastive import ContrastiveModule
+from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.ema import EMA
+from loratune.training.export import Export, check_format
+from loratune.training.lora_module import LoRAModule
+from loratune.training.memory import check_samples
+from loratune.training.monitor import Monitor
+from loratune.training.sharding import check_strategy
+from loratune.training.triggers import check_prefixes
+
+SHORT_NAMES = (
+    AutoencoderModule,
+    ContrastiveModule,
+    DiffusionModule,
+    EMA,
+    LoRAModule,
+    NewStableDiffusion,
+    PixelDDPM,
+    StableDiffusion,
+)
+"""Imported so that recipes can name them without their modules."""
+
+SECTIONS = {
+    "samples": SampleGrid,
+    "evaluation": Evaluate,
+    "export": Export,
+    "checkpoint": Checkpoints,
+    "run": Run,
+    "guard": Guard,
+}
+"""What fills a recipe's sections beside trainer, model and data."""
+
+
+class RecipeParser(LightningArgumentParser):
+    """Raises a mistake instead of printing 58 lines of usage."""
+
+    explain: Callable[[str], str] = staticmethod(lambda message: message)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        """Raise what the command line prints as one line."""
+        raise UserError(RecipeParser.explain(message))
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Keeps the resolved recipe in the run: as a file, in TensorBoard, and inside the LoRA."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.save_to_log_dir = False
+        text = self.parser.dump(self.config, skip_none=False)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Export | Run):
+                callback.recipe = text  # in every process; below is the first one's alone
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "recipe.yaml") as path:
+            path.write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("recipe", f"```yaml\n{text}\n```")
+                logger.log_hyperparams(flat_numbers(yaml.safe_load(text)), {"val/loss": float("nan")})
+
+
+def flat_numbers(tree: Any, prefix: str = "") -> dict[str, float | str]:
+    """A recipe's model and data settings as flat names and values, for TensorBoard's table of runs."""
+    if isinstance(tree, dict):
+        parts = [(key, value) for key, value in tree.items() if prefix or key in ("model", "data", "seed_everything")]
+        made: dict[str, float | str] = {}
+        for key, value in parts:
+            made |= flat_numbers(value, f"{prefix}.{key}" if prefix else key)
+        return made
+    return {prefix: tree if isinstance(tree, int | float) else str(tree)} if tree is not None else {}
+
+
+class RecipeCLI(LightningCLI):
+    """`loratune fit|validate|test`: a recipe's sections are the signatures of what they fill."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser, with our errors."""
+        kwargs.setdefault("dump_header", [f"loratune {__version__}"])
+        parser = RecipeParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="A recipe (YAML); later ones override earlier ones."
+        )
+        return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's sub-commands but predict: `loratune sample` draws."""
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections beside trainer, model and data."""
+        for section, made in SECTIONS.items():
+            parser.add_lightning_class_args(made, section)
+        defaults = {"dirpath": None, "save_last": True, "save_top_k": 1, "every_n_train_steps": 250}
+        defaults["enable_version_counter"] = False  # last.ckpt is one file
+        parser.set_defaults({"trainer.log_every_n_steps": 10, "trainer.enable_model_summary": False})
+        parser.set_defaults({"trainer.use_distributed_sampler": False})  # batches are cut among processes by us
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in defaults.items()})
+
+    @property
+    def _chosen(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def before_instantiate_classes(self) -> None:
+        """Where the run's files go: the recipe's name under runs/, unless it says."""
+        config = self._chosen
+        if config.trainer.default_root_dir is None:
+            given = config.get("config")
+            config.trainer.default_root_dir = str(Path("runs") / (Path(str(given[-1])).stem if given else "run"))
+        if self.subcommand and config.get("weights_only") is None:
+            config.weights_only = True  # a checkpoint is data; nothing in it is run
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+        check_strategy(
+            config.trainer.strategy, lambda key: config.get(f"model.{key}") or config.get(f"model.init_args.{key}")
+        )
+        memory = config.get("model.memory") or config.get("model.init_args.memory")
+        check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
+        check_format(config.export.format, config.get("model.lora.kind") or config.get("model.init_args.lora.kind"))
+        prompts, token = (
+            config.get(f"model.{key}") or config.get(f"model.init_args.{key}") for key in ("prompts", "tokens")
+        )
+        check_prefixes(
+            config.data.as_dict(),
+            Prompts(**prompts.as_dict()) if prompts else Prompts(),
+            NewToken(**token.as_dict()) if token else None,
+        )
+        if self.subcommand:
+            check_data(config)
+            prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
+        trainer = self._chosen.trainer
+        if trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="tensorboard", version="")
+        made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
+        if trainer.enable_progress_bar in (None, True):
+            made.append(RichProgressBar())
+        self.trainer_defaults["callbacks"] = made
+        if self.subcommand == "fit":
+            make_room(self._chosen)
+        return use_atomic(super().instantiate_trainer(**kwargs))
+
+
+def model_is_named(recipes: Sequence[Path], argv: Sequence[str]) -> bool:
+    """Whether a recipe names its module (`model.class_path`); without a name it is a LoRA."""
+    if any(word.startswith(("--model.class_path", "--model=")) or word == "--model" for word in argv):
+        return True
+    models = (yaml.safe_load(path.read_text(encoding="utf-8")).get("model") for path in recipes)
+    return any(isinstance(model, dict) and "class_path" in model for model in models)
+
+
+def recipes_in(argv: Sequence[str]) -> list[Path]:
+    """The recipe files named on a command line."""
+    following = zip(argv, [*argv[1:], ""], strict=True)
+    named = [value for flag, value in following if flag in ("-c", "--config")]
+    joined = [word.partition("=")[2] for word in argv if word.startswith(("-c=", "--config="))]
+    return [Path(one) for one in (*named, *joined)]
+
+
+def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
+    """Parse a recipe, build its objects and run the sub-command that argv begins with.
+
+    Args:
+        argv: such as ["fit", "-c", "recipes/quickstart.yaml"].
+        execute: False only builds (and argv then has no sub-command).
+
+    Raises:
+        UserError: a mistake in the recipe, told in one line.
+    """
+    torch.set_float32_matmul_precision("high")
+    recipes = recipes_in(argv)
+    check_recipes(recipes)
+    named = model_is_named(recipes, argv)
+    RecipeParser.explain = staticmethod(lambda message: explain(message, recipes, KeyNames(named)))
+    if execute and argv[0] == "fit":
+        SIGNALS.listen()
+    try:
+        return RecipeCLI(
+            model_class=L.LightningModule if named else LoRAModule,
+            datamodule_class=CaptionedImages,
+            subclass_mode_model=named,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRecipe,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            args=list(argv),
+            run=execute,
+        )
+    except ValueError as error:
+        raise UserError(f"{recipes[-1] if recipes else argv[0]}: {' '.join(str(error).split())}") from error
+    finally:
+        SIGNALS.forget()
+        give_back()
+
+
+class KeyNames:
+    """Dotted names of all keys of a recipe, made only when a message needs them."""
+
+    def __init__(self, named: bool) -> None:
+        self.named = named
+
+    def __iter__(self) -> Any:
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.add_lightning_class_args(
+            L.LightningModule if self.named else LoRAModule, "model", subclass_mode=self.named
+        )
+        parser.add_lightning_class_args(CaptionedImages, "data")
+        for section, made in SECTIONS.items():
+            parser.add_lightning_class_args(made, section)
+        names = {str(action.dest) for action in parser._actions} | {"seed_everything", "ckpt_path"}
+        return iter(sorted(names))

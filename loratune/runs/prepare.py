@@ -1,0 +1,135 @@
+"""Before a run begins: whether its data will do, which checkpoint it goes on from, and whether its folder is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
+
+from loratune.data.audit import audit
+from loratune.data.module import CaptionedImages
+from loratune.errors import UserError
+from loratune.families.found import configs_of_file, find_base
+from loratune.families.prompts import Prompts
+from loratune.families.sd import check_side
+from loratune.lora.tokens import WINDOW, NewToken
+from loratune.runs.checkpoints import last_checkpoint
+from loratune.runs.folder import clear, give_back, refuse_another, take
+from loratune.runs.resume import check_recipe
+from loratune.training.captions import counter
+
+
+def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
+    """Put the checkpoint's path into a recipe, take the run's folder and compare both; no weight is read.
+
+    Args:
+        verb: fit, validate or test.
+        chosen: the parsed recipe; its `ckpt_path` is changed in place.
+        recipe: gives it as YAML.
+
+    Raises:
+        UserError: the folder is in use or holds another run, or the checkpoint is another run's.
+    """
+    folder, given = Path(chosen.trainer.default_root_dir), chosen.get("ckpt_path")
+    if given is None and verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        given = "last"  # the batch system runs the same command again
+    if given in ("last", "hpc"):
+        found = last_checkpoint(Path(chosen.checkpoint.dirpath))
+        chosen.ckpt_path = None if found is None else str(found)
+        if found is None and verb != "fit":
+            raise UserError(f"{chosen.checkpoint.dirpath}: holds no checkpoint; give --ckpt_path FILE")
+    if verb != "fit":
+        return
+    resumed = Path(chosen.ckpt_path) if chosen.get("ckpt_path") not in (None, "best") else None
+    if resumed is not None and chosen.run.overwrite:
+        raise UserError(f"run.overwrite is true, and --ckpt_path {given} goes on with a run; leave out one of them")
+    if is_first():
+        take(folder)
+        if not chosen.run.overwrite:
+            refuse_another(folder, resumed, given in ("last", "hpc"))
+    if resumed is not None:
+        check_recipe(resumed, recipe(), chosen.run.allow)
+
+
+def check_data(chosen: Any) -> None:
+    """See that a recipe's pictures can be trained on, as far as names, captions and headers tell; no weight is read.
+
+    Args:
+        chosen: the parsed recipe.
+
+    Raises:
+        UserError: a source is empty, captions are missing, a mask is of another size, or the base's VAE cannot take
+            the pictures' size.
+    """
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(CaptionedImages, "data")
+    data: CaptionedImages = parser.instantiate_classes(Namespace(data=chosen.data)).data
+    model = chosen.model.get("init_args") or chosen.model
+    memory = model.get("memory")
+    if memory is not None and memory.release and (data.captions.changes_tags or data.on_the_fly):
+        key = "on_the_fly is true" if data.on_the_fly else "captions.shuffle and tag_dropout make captions"
+        told = f"model.memory.release is true, but data.{key}, which have to be encoded in each step"
+        raise ValueError(f"{told}; set model.memory.release: false")
+    if is_first() and data.strict:
+        refuse_faults(data, model)
+    elif is_first():
+        data.check(warn=False)
+    if (configs := _configs(model.get("base"))) is not None:
+        data.check_sizes(Sides(configs))
+
+
+def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
+    """Of a named base; what is wrong with it is told when it is loaded, after all that is wrong with the recipe."""
+    try:
+        return configs_of_file(find_base(base)) if isinstance(base, str) else None
+    except UserError:
+        return None
+
+
+def refuse_faults(data: CaptionedImages, model: Any) -> None:
+    """Raise UserError for the first thing in a recipe's pictures that cannot be meant, each of which is looked at."""
+    prompts, token = model.get("prompts"), model.get("tokens")
+    prompts = Prompts(**prompts.as_dict()) if prompts else Prompts()
+    count = counter(prompts, NewToken(**token.as_dict()) if token else None)
+    faults = audit(data.collection, data.batch_size, count, WINDOW * prompts.chunks, data.workers).serious
+    for one in faults:
+        if one.kind == "no_caption" and data.allow_missing_captions:
+            continue
+        more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
+        told = f"{len(one.names)} {one.told}: {one.names[0]}{more}; {one.mend}, or set data.strict: false"
+        raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
+
+
+class Sides:
+    """What a base's configurations say of the pictures' sides.
+
+    Args:
+        configs: by component.
+    """
+
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        vae = configs.get("vae", {})
+        self.factor = 2 ** (len(vae.get("block_out_channels", ("",))) - 1)
+
+    def start_shape(self, side: int) -> None:
+        """Raise UserError for a side, in pixels, that the VAE cannot halve often enough."""
+        check_side(side, self.factor)
+
+
+def is_first() -> bool:
+    """Whether this is the first process of the run; launchers say so before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def make_room(chosen: Any) -> None:
+    """Delete the run that a folder holds, where the recipe says so and the new one could be built."""
+    if chosen.run.overwrite and is_first():
+        clear(Path(chosen.trainer.default_root_dir))
+
+
+__all__ = ["check_data", "give_back", "make_room", "prepare"]
