@@ -1,10 +1,10 @@
-"""Rebuild the picture sets from their published sources: `python datasets/build.py base ink`.
+"""Rebuild the image sets from their published sources: `python datasets/build.py base ink`.
 
 Needs npm (to fetch the icon packages) and `pip install resvg-py` (to draw them).
 
 base  datasets/base-SIZE.parquet: Noto ("red apple") and Fluent flat ("red apple, flat style") of
       the first things (--things) of the categories of ink, those of ink before all others: the
-      pictures that the embedded base is trained on. Not committed.
+      images that the embedded base is trained on. Not committed.
 ink   datasets/ink/ and datasets/ink-heldout/: Fluent high contrast, the black-ink style of the
       quickstart, with captions that the base knows from the other drawings. Committed.
       datasets/noto-heldout/: what the base has seen for the captions of ink-heldout.
@@ -70,10 +70,10 @@ def draw(icons: dict[str, Any], name: str, size: int) -> bytes:
     )
     inner = size - size // 8
     drawn = resvg_py.svg_to_bytes(svg_string=svg, width=4 * inner, height=4 * inner)
-    picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
-    picture = picture.resize((inner, inner), Image.Resampling.LANCZOS)
+    image = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+    image = image.resize((inner, inner), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size, size), "white")
-    canvas.alpha_composite(picture, (size // 16, size // 16))
+    canvas.alpha_composite(image, (size // 16, size // 16))
     out = io.BytesIO()
     canvas.convert("RGB").save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -106,8 +106,8 @@ def build_base(sets: dict[str, dict[str, Any]], size: int, count: int) -> Path:
     def rows() -> Iterator[dict[str, Any]]:
         for name in things(sets)[:count]:
             for source in ("noto", "fluent-emoji-flat"):
-                picture = {"bytes": draw(sets[source], name, size), "path": f"{source}/{name}.png"}
-                yield {"image": picture, "caption": caption(name) + SOURCES[source][2]}
+                image = {"bytes": draw(sets[source], name, size), "path": f"{source}/{name}.png"}
+                yield {"image": image, "caption": caption(name) + SOURCES[source][2]}
 
     path = HERE / f"base-{size}.parquet"
     features = Features({"image": Image(), "caption": Value("string")})
@@ -115,11 +115,11 @@ def build_base(sets: dict[str, dict[str, Any]], size: int, count: int) -> Path:
     return path
 
 
-def write_folder(folder: Path, pictures: dict[str, bytes]) -> None:
-    """A picture folder as users have it: PNG files and metadata.jsonl."""
+def write_folder(folder: Path, images: dict[str, bytes]) -> None:
+    """An image folder as users have it: PNG files and metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, data in sorted(pictures.items()):
+    for name, data in sorted(images.items()):
         (folder / f"{name}.png").write_bytes(data)
         lines.append(json.dumps({"file_name": f"{name}.png", "text": caption(name)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""A base small enough to train in a test, and pictures to train it on."""
+"""A base small enough to train in a test, and images to train it on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny, and threads would only wait for
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with random weights: 16-pixel pictures, 8x8 latents, two resolutions."""
+    """A diffusers folder with random weights: 16-pixel images, 8x8 latents, two resolutions."""
     from loratune.families.load import save_diffusers_folder
     from loratune.families.sd import NewStableDiffusion
 
@@ -107,16 +107,16 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny"
 
 
-def write_pictures(folder: Path, count: int, captions: bool = True, size: int = 16) -> Path:
+def write_images(folder: Path, count: int, captions: bool = True, size: int = 16) -> Path:
     """A folder of coloured discs with captions in metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     colours = ["red", "green", "blue", "black"]
     lines = []
     for number in range(count):
-        picture = Image.new("RGB", (size, size), "white")
+        image = Image.new("RGB", (size, size), "white")
         box = (1 + number % 3, 2, size - 3, size - 2 - number % 4)
-        ImageDraw.Draw(picture).ellipse(box, fill=colours[number % len(colours)])
-        picture.save(folder / f"{number:02d}.png")
+        ImageDraw.Draw(image).ellipse(box, fill=colours[number % len(colours)])
+        image.save(folder / f"{number:02d}.png")
         lines.append(json.dumps({"file_name": f"{number:02d}.png", "text": f"a {colours[number % 4]} disc {number}"}))
     if captions:
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -124,9 +124,9 @@ def write_pictures(folder: Path, count: int, captions: bool = True, size: int = 
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Twelve captioned pictures."""
-    return write_pictures(tmp_path / "pictures", 12)
+def images(tmp_path: Path) -> Path:
+    """Twelve captioned images."""
+    return write_images(tmp_path / "images", 12)
 
 
 RECIPE = """\
@@ -159,9 +159,9 @@ evaluation:
 
 
 @pytest.fixture
-def recipe(tiny_base: Path, pictures: Path, tmp_path: Path) -> Path:
+def recipe(tiny_base: Path, images: Path, tmp_path: Path) -> Path:
     """A recipe of six LoRA steps on the tiny base."""
     path = tmp_path / "style.yaml"
     out, cache = tmp_path / "run", tmp_path / "cache"
-    path.write_text(RECIPE.format(out=out, steps=6, base=tiny_base, data=pictures, cache=cache))
+    path.write_text(RECIPE.format(out=out, steps=6, base=tiny_base, data=images, cache=cache))
     return path

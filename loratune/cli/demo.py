@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loratune.errors import UserError
 from loratune.evaluation.grids import grid
-from loratune.evaluation.measure import draw_all, read_pictures, style_numbers
+from loratune.evaluation.measure import draw_all, read_images, style_numbers
 from loratune.formats.files import atomic_path
-from loratune.formats.images import to_picture
+from loratune.formats.images import to_image
 from loratune.lora.load import load_with
 from loratune.lora.merge.run import merge
 from loratune.recipe.parse import run
@@ -30,8 +30,8 @@ def quickstart(recipe: Path, out: Path, weight: float) -> None:
 
     The LoRA counts with `weight` in all but its own file.
 
-    The pictures are of captions that the LoRA never saw: the folders beside the recipe's data that end in
-    -heldout, the style's own pictures and the base's.
+    The images are of captions that the LoRA never saw: the folders beside the recipe's data that end in
+    -heldout, the style's own images and the base's.
 
     Raises:
         UserError: `out` holds something that no quickstart made.
@@ -44,8 +44,8 @@ def quickstart(recipe: Path, out: Path, weight: float) -> None:
     trained = time.perf_counter()
     lora, merged = out / "lora.safetensors", out / "merged.safetensors"
     merge(base, [f"{lora}:{weight:g}"], merged)
-    styled, captions = read_pictures(f"{data}-heldout", size)
-    reals, _ = read_pictures(str(data.parent / "noto-heldout"), size)
+    styled, captions = read_images(f"{data}-heldout", size)
+    reals, _ = read_images(str(data.parent / "noto-heldout"), size)
     before = draw_all(load_with(base, []), captions, size, STEPS, GUIDANCE, SEED)
     after = draw_all(load_with(str(merged), []), captions, size, STEPS, GUIDANCE, SEED)
     _before_after(before, after, captions, out / "before_after.png")
@@ -70,7 +70,7 @@ def _clear(out: Path) -> None:
 
 
 def _before_after(before: Tensor, after: Tensor, captions: list[str], path: Path) -> None:
-    rows = [[to_picture(pixels) for pixels in row[:SHOWN]] for row in (before, after)]
+    rows = [[to_image(pixels) for pixels in row[:SHOWN]] for row in (before, after)]
     with atomic_path(path) as temporary:
         grid(rows, captions[:SHOWN], ["base", "with LoRA"]).save(temporary, "PNG")
 
@@ -85,6 +85,6 @@ Done in {numbers["seconds"]["all"]:.0f} s, of which {numbers["seconds"]["trainin
   {out}/metrics.json          what was measured
   {out}/tensorboard           tensorboard --logdir {out}
 Mean colourfulness {style["before"]:.3f} -> {style["after"]:.3f}, {style["share_of_the_way"]:.0%} of the way to the \
-style's own {style["style_pictures"]:.3f}.
-By shape, the nearest of 20 of the base's pictures is the right one for {nearest["before_among_base_pictures"]:.0%} \
-of the samples before, and for {nearest["after_among_base_pictures"]:.0%} after.""")
+style's own {style["style_images"]:.3f}.
+By shape, the nearest of 20 of the base's images is the right one for {nearest["before_among_base_images"]:.0%} \
+of the samples before, and for {nearest["after_among_base_images"]:.0%} after.""")

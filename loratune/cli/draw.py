@@ -1,4 +1,4 @@
-"""Pictures drawn from a base with LoRAs: the verb sample."""
+"""Images drawn from a base with LoRAs: the verb sample."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loratune.evaluation.grids import grid
 from loratune.families.prompts import Prompts, parse_weights
 from loratune.families.sampling import draw, make_sampler
 from loratune.families.sd import StableDiffusion
-from loratune.formats.images import to_picture
+from loratune.formats.images import to_image
 from loratune.lora.load import load_with
 
 
 def own_size(family: StableDiffusion) -> int:
-    """The side of the pictures a base was made for, in pixels."""
+    """The side of the images a base was made for, in pixels."""
     return int(family.network.config["sample_size"] * 2 ** (len(family.vae.config["block_out_channels"]) - 1))
 
 
@@ -41,7 +41,7 @@ def sample(
     weights: bool = False,
     captions: bool = False,
 ) -> None:
-    """Draw `count` pictures of each prompt into `out`: PNG files, and grid.png or captions."""
+    """Draw `count` images of each prompt into `out`: PNG files, and grid.png or captions."""
     for key, value in (("steps", steps), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{key} is {value}; give 1 or more")
@@ -62,18 +62,18 @@ def sample(
         texts, seeds = [prompt for prompt, _ in part], [one for _, one in part]
         drawn.extend(draw(family, texts, seeds, side, steps, guidance, sampler).cpu())
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [to_picture(pixels) for pixels in drawn]
-    for number, (picture, (prompt, one)) in enumerate(zip(pictures, wanted, strict=True)):
+    images = [to_image(pixels) for pixels in drawn]
+    for number, (image, (prompt, one)) in enumerate(zip(images, wanted, strict=True)):
         file = out / f"{number:03d}-{slug(prompt)}-{one}.png"
-        picture.save(file)
+        image.save(file)
         if captions:
             file.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
     if captions:
-        print(f"{len(pictures)} pictures and their captions are in {out}")
+        print(f"{len(images)} images and their captions are in {out}")
         return
-    rows = [[pictures[i * count + n] for i in range(len(prompts))] for n in range(count)]
+    rows = [[images[i * count + n] for i in range(len(prompts))] for n in range(count)]
     grid(rows, prompts, [f"seed {seed + n}" for n in range(count)], cell=max(128, side)).save(out / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png are in {out}")
+    print(f"{len(images)} images and grid.png are in {out}")
 
 
 def slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A recipe's pictures before they are trained on: `loratune data` and `loratune cache`."""
+"""A recipe's images before they are trained on: `loratune data` and `loratune cache`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ NAMED = 10
 
 
 def data(recipe: Path, json: Path | None, words: Sequence[str] = ()) -> bool:
-    """Print what is to be known of a recipe's pictures; returns whether something should be mended."""
+    """Print what is to be known of a recipe's images; returns whether something should be mended."""
     cli = build(recipe, words)
-    pictures: CaptionedImages = cli.datamodule
+    images: CaptionedImages = cli.datamodule
     prompts, token = getattr(cli.model, "prompts", None) or Prompts(), getattr(cli.model, "tokens", None)
     found = audit(
-        pictures.collection,
-        pictures.batch_size * cli.trainer.world_size,
+        images.collection,
+        images.batch_size * cli.trainer.world_size,
         counter(prompts, token),
         WINDOW * prompts.chunks,
-        pictures.workers,
-        lambda looks: track(looks, total=len(pictures.collection), description="looking", transient=True),
+        images.workers,
+        lambda looks: track(looks, total=len(images.collection), description="looking", transient=True),
     )
     print("\n".join(lines_of(str(recipe), found)))
     if json is not None:
@@ -55,8 +55,8 @@ def lines_of(recipe: str, found: Audit) -> list[str]:
     lines = [f"{recipe}:"]
     for one in found.sources:
         held = f"{one.held_out} held out" if one.held_out else "none held out"
-        lines.append(f"  {one.path} ({one.role}): {one.pictures} pictures, {held}, {one.drawn} of an epoch")
-    lines.append(f"  an epoch: {sum(one.drawn for one in found.sources)} pictures in {found.batches} batches")
+        lines.append(f"  {one.path} ({one.role}): {one.images} images, {held}, {one.drawn} of an epoch")
+    lines.append(f"  an epoch: {sum(one.drawn for one in found.sources)} images in {found.batches} batches")
     sizes = sorted(found.buckets.items(), key=lambda pair: (-pair[1], pair[0]))
     lines.append("  sizes: " + ", ".join(f"{width}x{height}: {count}" for (width, height), count in sizes))
     if found.tags:
@@ -75,23 +75,23 @@ def _finding(one: Finding) -> list[str]:
 
 
 def cache(recipe: Path, words: Sequence[str] = ()) -> None:
-    """Encode a recipe's pictures and captions into the cache, and stop."""
+    """Encode a recipe's images and captions into the cache, and stop."""
     cli = run_recipe(["-c", str(recipe), *words], execute=False)
-    pictures: CaptionedImages = cli.datamodule
+    images: CaptionedImages = cli.datamodule
     model: Any = cli.model
-    if getattr(model, "batch_kind", "") != "latents" or pictures.on_the_fly:
-        raise UserError(f"{recipe}: nothing of it is cached: its pictures are used as pixels in each step")
+    if getattr(model, "batch_kind", "") != "latents" or images.on_the_fly:
+        raise UserError(f"{recipe}: nothing of it is cached: its images are used as pixels in each step")
     started, trainer = time.perf_counter(), cli.trainer
     trainer.strategy.connect(model)
     trainer.strategy.setup_environment()
-    pictures.trainer = trainer
-    pictures.setup("fit")
+    images.trainer = trainer
+    images.setup("fit")
     if not trainer.is_global_zero:
         return
-    seconds, every = time.perf_counter() - started, len(pictures.collection)
-    size = sum(file.stat().st_size for file in pictures.cache.expanduser().rglob("*.safetensors"))
-    new = pictures.encoded
-    speed = f", {new / seconds:.1f} pictures/s" if new else ""
-    print(f"{every} pictures: {new} encoded now, {every - new - len(pictures.unreadable)} were there, ", end="")
-    print(f"{len(pictures.unreadable)} unreadable; {seconds:.1f} s{speed}")
-    print(f"{pictures.cache} holds {size_text(size)}, of all runs together")
+    seconds, every = time.perf_counter() - started, len(images.collection)
+    size = sum(file.stat().st_size for file in images.cache.expanduser().rglob("*.safetensors"))
+    new = images.encoded
+    speed = f", {new / seconds:.1f} images/s" if new else ""
+    print(f"{every} images: {new} encoded now, {every - new - len(images.unreadable)} were there, ", end="")
+    print(f"{len(images.unreadable)} unreadable; {seconds:.1f} s{speed}")
+    print(f"{images.cache} holds {size_text(size)}, of all runs together")

@@ -37,26 +37,26 @@ def sample(
     weights: bool = False,
     captions: bool = False,
 ) -> None:
-    """Draw pictures: a PNG for each prompt and seed, and a grid of them all.
+    """Draw images: a PNG for each prompt and seed, and a grid of them all.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
         lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        prompt: what to draw; repeat it for several pictures.
+        prompt: what to draw; repeat it for several images.
         prompts: a text file with one prompt a line.
-        out: folder for the pictures.
+        out: folder for the images.
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
-        seed: of the first picture of each prompt; the same seed and prompt give the same picture.
-        count: pictures for each prompt, from seed, seed + 1, and so on.
+        seed: of the first image of each prompt; the same seed and prompt give the same image.
+        count: images for each prompt, from seed, seed + 1, and so on.
         size: side in pixels; by default the base's own.
-        batch_size: pictures drawn at once; above 1 the last bits of a picture may depend on it.
+        batch_size: images drawn at once; above 1 the last bits of an image may depend on it.
         device: auto, cpu, cuda, cuda:1, mps.
         embedding: a file with a learned token (textual inversion), which prompts then may name; repeat it.
         chunks: windows of 75 tokens that a prompt may fill.
         weights: read (word:1.2) in prompts as a weight; brackets that are meant are then written \\( and \\).
-        captions: write the prompt beside each picture (.txt), and no grid: a folder to train on.
+        captions: write the prompt beside each image (.txt), and no grid: a folder to train on.
     """
     from loratune.cli.draw import sample as run
 
@@ -224,23 +224,23 @@ def measure(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Measure a base or a LoRA on real captioned pictures, and print JSON.
+    """Measure a base or a LoRA on real captioned images, and print JSON.
 
     vae: PSNR in dB of the VAE's reconstructions. nearest: how often the nearest of 20 random real
-    pictures to a sample, by shape and by colour, is the one of its caption (chance is 5 %). style: how far
+    images to a sample, by shape and by colour, is the one of its caption (chance is 5 %). style: how far
     a LoRA moves the mean colourfulness of samples from the base's to the style's, on the captions of `data`.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
         what: vae, nearest or style.
-        data: captioned pictures: a folder, a .parquet file or a hub name; for style, the base's drawings.
+        data: captioned images: a folder, a .parquet file or a hub name; for style, the base's drawings.
         lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        style: for style: the style's own pictures of the captions of `data`.
-        samples: how many pictures to measure.
+        style: for style: the style's own images of the captions of `data`.
+        samples: how many images to measure.
         size: side in pixels.
         steps: of the sampler.
         guidance: scale of classifier-free guidance.
-        seed: of the samples and of the choice of pictures.
+        seed: of the samples and of the choice of images.
         out: also write the JSON here.
     """
     from loratune.evaluation.measure import measure as run
@@ -249,12 +249,12 @@ def measure(
 
 
 def data(recipe: Path, json: Path | None = None, overrides: Sequence[str] = ()) -> int:
-    """Look at a recipe's pictures before training: counts, sizes, captions, and each fault by name.
+    """Look at a recipe's images before training: counts, sizes, captions, and each fault by name.
 
     Nothing is encoded or written but FILE. The exit code is 1 where something should be mended.
 
     Args:
-        recipe: whose pictures; its keys can be overridden, as in --data.size 512.
+        recipe: whose images; its keys can be overridden, as in --data.size 512.
         json: a file that gets everything that was found.
     """
     from loratune.cli.look import data as look
@@ -263,10 +263,10 @@ def data(recipe: Path, json: Path | None = None, overrides: Sequence[str] = ()) 
 
 
 def cache(recipe: Path, overrides: Sequence[str] = ()) -> None:
-    """Encode a recipe's pictures and captions into the cache, and stop; what is there already is kept.
+    """Encode a recipe's images and captions into the cache, and stop; what is there already is kept.
 
     Args:
-        recipe: whose pictures; its keys can be overridden, as in --data.workers 4.
+        recipe: whose images; its keys can be overridden, as in --data.workers 4.
     """
     from loratune.cli.look import cache as encode
 
@@ -281,14 +281,14 @@ def plan(
     json: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Say what a recipe will need before it starts: parameters, memory by part, steps, pictures, time.
+    """Say what a recipe will need before it starts: parameters, memory by part, steps, images, time.
 
     Nothing is trained and no weight is read; shapes alone are followed through one step.
 
     Args:
         recipe: what is to be trained; its keys can be overridden, as in --data.batch_size 2.
         device: cpu, gpu, or a GPU's memory such as 24GB (10^9) or 23.5GiB (2^30), into which the run should fit.
-        run: also encode the pictures, and take true steps in each bucket here.
+        run: also encode the images, and take true steps in each bucket here.
         steps_per_second: of this recipe, where you know it; for the expected time.
         json: print JSON.
     """
@@ -305,7 +305,7 @@ def quickstart(
     Args:
         recipe: what to train.
         out: folder of the run; an earlier one there is replaced.
-        weight: how strongly the LoRA counts in the merged checkpoint and its pictures; less keeps more of the base.
+        weight: how strongly the LoRA counts in the merged checkpoint and its images; less keeps more of the base.
     """
     from loratune.cli.demo import quickstart as run
 

@@ -1,4 +1,4 @@
-"""What is to be known of a recipe's pictures before they are trained on: counts, and each fault by name."""
+"""What is to be known of a recipe's images before they are trained on: counts, and each fault by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from loratune.data.entries import Entry
 from loratune.data.order import BatchOrder, groups, often
 from loratune.data.sources import METADATA, PICTURES, Sample
 from loratune.errors import UserError
-from loratune.formats.images import open_picture
+from loratune.formats.images import open_image
 
 TOO_SMALL = 2.0
-"""Pictures that are enlarged more than so many times are called too small."""
+"""Images that are enlarged more than so many times are called too small."""
 TAGS = 20
 UNREAD = {".avif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".raw", ".svg", ".tga"}
 ENDINGS = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "TIFF": {".tif", ".tiff"}, "MPO": {".jpg", ".jpeg"}}
@@ -36,7 +36,7 @@ class Finding:
         kind: its name in the JSON.
         told: what it is, for a person.
         mend: what to do.
-        names: of the pictures or files, some with what is wrong with them.
+        names: of the images or files, some with what is wrong with them.
         serious: whether `data.strict` stops a run for it.
     """
 
@@ -54,14 +54,14 @@ class SourceCount:
     Args:
         path: of it.
         role: as the recipe says.
-        pictures: that can be read.
+        images: that can be read.
         held_out: of these.
-        drawn: how many of its pictures come in an epoch.
+        drawn: how many of its images come in an epoch.
     """
 
     path: str
     role: str
-    pictures: int
+    images: int
     held_out: int
     drawn: int
 
@@ -72,7 +72,7 @@ class Audit:
 
     Args:
         sources: in numbers.
-        buckets: how many pictures that are trained on each width and height has.
+        buckets: how many images that are trained on each width and height has.
         batches: in an epoch.
         tags: the most frequent, and in how many captions each is.
         findings: faults, the serious ones first.
@@ -92,7 +92,7 @@ class Audit:
 
 @dataclass
 class Seen:
-    """One picture as it was looked at.
+    """One image as it was looked at.
 
     Args:
         name: of its file.
@@ -116,10 +116,10 @@ class Seen:
 
 
 class Looked(Dataset[Seen]):
-    """Every picture of a collection, decoded once.
+    """Every image of a collection, decoded once.
 
     Args:
-        collection: the pictures.
+        collection: the images.
     """
 
     def __init__(self, collection: Collection) -> None:
@@ -142,14 +142,14 @@ class Looked(Dataset[Seen]):
             seen.fault = str(error)
             return seen
         try:
-            seen.print = fingerprint(open_picture(sample.data))
+            seen.print = fingerprint(open_image(sample.data))
         except OSError as error:
             seen.entry, seen.fault = None, str(error)
         return seen
 
 
 def wrong_ending(sample: Sample) -> str:
-    """What a picture's content is, where its file's name ends with something else; empty where it does not."""
+    """What an image's content is, where its file's name ends with something else; empty where it does not."""
     ending = Path(sample.name).suffix.lower() if sample.root else ""
     if not ending:
         return ""
@@ -162,7 +162,7 @@ def wrong_ending(sample: Sample) -> str:
 
 
 def strays(root: Path) -> tuple[list[str], list[str]]:
-    """Caption files without a picture, and pictures of kinds that are not read, in a folder."""
+    """Caption files without an image, and images of kinds that are not read, in a folder."""
     files = [file for file in sorted(root.rglob("*")) if file.is_file()]
     held = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURES}
     named = any((root / name).is_file() for name in METADATA)
@@ -171,7 +171,7 @@ def strays(root: Path) -> tuple[list[str], list[str]]:
 
 
 def enlarged(entry: Entry) -> float:
-    """How many times a picture is enlarged to cover its bucket."""
+    """How many times an image is enlarged to cover its bucket."""
     return max(entry.bucket[0] / entry.size[0], entry.bucket[1] / entry.size[1])
 
 
@@ -183,10 +183,10 @@ def audit(
     workers: int = 0,
     progress: Callable[[Any], Iterable[Seen]] = iter,
 ) -> Audit:
-    """Look at every picture of a recipe; nothing is written.
+    """Look at every image of a recipe; nothing is written.
 
     Args:
-        collection: the pictures.
+        collection: the images.
         batch_size: of all processes together.
         count_tokens: of a caption.
         room: tokens that a prompt holds.
@@ -245,13 +245,13 @@ def _faults(collection: Collection, seen: Sequence[Seen]) -> list[Finding]:
         for all_of_them, found in zip((texts, kinds), strays(Path(root)), strict=True):
             all_of_them += found
     return [
-        Finding("unreadable", "pictures that cannot be read", "mend or remove them", broken, True),
-        Finding("no_caption", "pictures without a caption", "write it into a .txt file beside each", bare, True),
-        Finding("mask_wrong", "masks that do not fit", "make each as large as its picture", wrong, True),
-        Finding("no_mask", "pictures that have no mask, and so count whole", "draw one, if that is not meant", without),
+        Finding("unreadable", "images that cannot be read", "mend or remove them", broken, True),
+        Finding("no_caption", "images without a caption", "write it into a .txt file beside each", bare, True),
+        Finding("mask_wrong", "masks that do not fit", "make each as large as its image", wrong, True),
+        Finding("no_mask", "images that have no mask, and so count whole", "draw one, if that is not meant", without),
         Finding("ending", "names that end with another kind than the content is", "rename them", endings),
-        Finding("no_picture", "caption files without a picture", "rename or remove them", tuple(texts)),
-        Finding("unread_kind", "pictures of kinds that are not read here", "save them as PNG", tuple(kinds)),
+        Finding("no_image", "caption files without an image", "rename or remove them", tuple(texts)),
+        Finding("unread_kind", "images of kinds that are not read here", "save them as PNG", tuple(kinds)),
     ]
 
 
@@ -280,12 +280,12 @@ def _doubles(held: Sequence[tuple[Seen, Entry]], out: Sequence[bool]) -> list[Fi
         chosen = [(a, b) for a, b in pairs if (out[a] != out[b]) == leaks]
         return tuple(f"{held[a][0].name} and {held[b][0].name}" for a, b in chosen)
 
-    keep = "remove them, or set data.split_by: picture"
+    keep = "remove them, or set data.split_by: image"
     return [
-        Finding("leak", "pictures that are both trained on and held out", keep, names(sorted(same), True), True),
-        Finding("near_leak", "held-out pictures nearly like trained ones", "remove one of each", names(alike, True)),
-        Finding("duplicate", "pictures that are there twice", "remove one of each", names(sorted(same), False)),
-        Finding("near_duplicate", "pictures that are nearly alike", "keep the better one", names(alike, False)),
+        Finding("leak", "images that are both trained on and held out", keep, names(sorted(same), True), True),
+        Finding("near_leak", "held-out images nearly like trained ones", "remove one of each", names(alike, True)),
+        Finding("duplicate", "images that are there twice", "remove one of each", names(sorted(same), False)),
+        Finding("near_duplicate", "images that are nearly alike", "keep the better one", names(alike, False)),
     ]
 
 
@@ -300,16 +300,16 @@ def _sizes(
     upscaled = tuple(f"{name} ({by:.2f} times)" for name, by in times if 1 < by <= TOO_SMALL)
     small = tuple(f"{name} ({by:.2f} times)" for name, by in times if by > TOO_SMALL)
     names = [seen.name for (seen, _), is_out in zip(held, out, strict=True) if not is_out]
-    told = f"pictures enlarged more than {TOO_SMALL:g} times to fill their size: too small"
+    told = f"images enlarged more than {TOO_SMALL:g} times to fill their size: too small"
     return [
-        Finding("lost", "pictures that never come in an epoch", "report this as a fault", _lost(names, order, each)),
+        Finding("lost", "images that never come in an epoch", "report this as a fault", _lost(names, order, each)),
         Finding("too_small", told, "give larger ones, or set data.buckets.upscale: false", small),
-        Finding("upscaled", "pictures enlarged to fill their size", "give larger ones if they look soft", upscaled),
+        Finding("upscaled", "images enlarged to fill their size", "give larger ones if they look soft", upscaled),
     ]
 
 
 def _lost(names: Sequence[str], order: BatchOrder, each: Sequence[float]) -> tuple[str, ...]:
-    """Which pictures are never drawn; of sources that come less than once an epoch, in as many as it takes."""
+    """Which images are never drawn; of sources that come less than once an epoch, in as many as it takes."""
     fewest = min((one for one in each if one > 0), default=1.0)
     drawn: set[int] = set()
     for epoch in range(min(1000, 1 + round(1 / fewest)) if fewest < 1 else 1):

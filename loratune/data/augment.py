@@ -1,4 +1,4 @@
-"""Pictures as other pictures of the same thing: mirrored, cut elsewhere, in other colours."""
+"""Images as other images of the same thing: mirrored, cut elsewhere, in other colours."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COLOURS: dict[str, Callable[[Image.Image], Any]] = {
 
 @dataclass(frozen=True)
 class Augment:
-    """How training pictures vary; those of validation never do.
+    """How training images vary; those of validation never do.
 
-    Mirroring and cutting are done to the picture, and each variant is encoded once and cached: what a VAE makes of a
-    mirrored picture is not its latents mirrored. Colours are continuous, so they need data.on_the_fly.
+    Mirroring and cutting are done to the image, and each variant is encoded once and cached: what a VAE makes of a
+    mirrored image is not its latents mirrored. Colours are continuous, so they need data.on_the_fly.
 
     Args:
-        flip: how often a picture is mirrored left to right, 0 to 1; not for text, nor for what has a side.
-        crops: from how many places, evenly along what does not fit into the bucket, a picture may be cut; 1 is the
+        flip: how often an image is mirrored left to right, 0 to 1; not for text, nor for what has a side.
+        crops: from how many places, evenly along what does not fit into the bucket, an image may be cut; 1 is the
             middle.
         brightness: its factor is drawn from 1 - b to 1 + b; needs data.on_the_fly.
         contrast: likewise.
@@ -57,11 +57,11 @@ class Augment:
         return {key: value for key in _COLOURS if (value := getattr(self, key))}
 
     def views(self, size: Size, bucket: Size) -> list[View]:
-        """The variants of a picture of some size in its bucket, each once; the mirrored ones last."""
+        """The variants of an image of some size in its bucket, each once; the mirrored ones last."""
         whole = covering(size, bucket)
         across, down = (
             self._places(round(long) > short) for long, short in zip(whole, bucket, strict=True)
-        )  # at most one of them has several, as the picture covers the bucket
+        )  # at most one of them has several, as the image covers the bucket
         flips = [False] * (self.flip < 1) + [True] * (self.flip > 0)
         return [View(x, y, flip) for flip in flips for x in across for y in down]
 
@@ -71,49 +71,49 @@ class Augment:
         return [place / (self.crops - 1) for place in range(self.crops)]
 
     def draw(self, size: Size, bucket: Size, random: Random) -> View:
-        """One of the variants of a picture."""
+        """One of the variants of an image."""
         if not self.flip and self.crops == 1:
             return MIDDLE
         flip = random.random() < self.flip
         return random.choice([view for view in self.views(size, bucket) if view.flip == flip])
 
-    def colour(self, picture: Image.Image, random: Random) -> Image.Image:
-        """A picture in other colours."""
+    def colour(self, image: Image.Image, random: Random) -> Image.Image:
+        """An image in other colours."""
         for key, far in self.colours.items():
-            picture = _COLOURS[key](picture).enhance(1 + far * (2 * random.random() - 1))
-        return picture
+            image = _COLOURS[key](image).enhance(1 + far * (2 * random.random() - 1))
+        return image
 
 
 def covering(size: Size, bucket: Size) -> tuple[float, float]:
-    """Width and height of a picture scaled to cover a bucket."""
+    """Width and height of an image scaled to cover a bucket."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return size[0] * scale, size[1] * scale
 
 
-def cut(picture: Image.Image, bucket: Size, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Any:
-    """The part of a picture that a view is of, at the bucket's width and height."""
-    part = ImageOps.fit(picture, bucket, filter, centering=(view.across, view.down))
+def cut(image: Image.Image, bucket: Size, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Any:
+    """The part of an image that a view is of, at the bucket's width and height."""
+    part = ImageOps.fit(image, bucket, filter, centering=(view.across, view.down))
     return ImageOps.mirror(part) if view.flip else part
 
 
 def corner(size: Size, bucket: Size, view: View) -> tuple[int, int]:
-    """Left and top of a view in the picture that is scaled to cover the bucket, and mirrored if the view is."""
+    """Left and top of a view in the image that is scaled to cover the bucket, and mirrored if the view is."""
     (width, height), (across, down, flip) = covering(size, bucket), view
     return round((width - bucket[0]) * (1 - across if flip else across)), round((height - bucket[1]) * down)
 
 
 def upright_size(data: bytes) -> Size:
-    """Width and height of a picture as it is looked at, from its header.
+    """Width and height of an image as it is looked at, from its header.
 
     Raises:
-        OSError: the bytes are no picture.
+        OSError: the bytes are no image.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(ORIENTATION) in TURNED
     except UnidentifiedImageError:
-        raise OSError("its content is no picture of a known kind") from None
+        raise OSError("its content is no image of a known kind") from None
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damage makes Pillow raise SyntaxError, ValueError, TypeError and its own kinds, too

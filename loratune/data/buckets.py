@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: which sizes pictures are brought to, and which picture goes where.
+"""Aspect-ratio buckets: which sizes images are brought to, and which image goes where.
 
-Pictures keep about their own shape, and a batch holds pictures of one size (Novel AI 2022).
+Images keep about their own shape, and a batch holds images of one size (Novel AI 2022).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that pictures may be brought to.
+    """The sizes that images may be brought to.
 
     Args:
         step: what every side is a multiple of, in pixels; a multiple of what the VAE needs.
         smallest: of a side, in pixels.
         largest: of a side, in pixels.
-        upscale: whether pictures smaller than their bucket are enlarged; if not, they get a bucket of their own
+        upscale: whether images smaller than their bucket are enlarged; if not, they get a bucket of their own
             size, rounded down to the step.
     """
 
@@ -58,27 +58,25 @@ class Buckets:
             )
         return sorted(found)
 
-    def fit(self, picture: Size, sizes: Sequence[Size]) -> Size:
-        """The size whose shape is nearest to a picture's, by the logarithm of width / height.
+    def fit(self, image: Size, sizes: Sequence[Size]) -> Size:
+        """The size whose shape is nearest to an image's, by the logarithm of width / height.
 
         Args:
-            picture: its width and height.
+            image: its width and height.
             sizes: as `sizes` makes them.
         """
-        shape = math.log(picture[0] / picture[1])
+        shape = math.log(image[0] / image[1])
         best = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - shape), -size[0] * size[1], size))
-        if self.upscale or (picture[0] >= best[0] and picture[1] >= best[1]):
+        if self.upscale or (image[0] >= best[0] and image[1] >= best[1]):
             return best
-        whole = [
-            max(self.step, min(own, side) // self.step * self.step) for own, side in zip(picture, best, strict=True)
-        ]
+        whole = [max(self.step, min(own, side) // self.step * self.step) for own, side in zip(image, best, strict=True)]
         return whole[0], whole[1]
 
 
 def batches(sizes: Sequence[Size], batch_size: int, random: torch.Generator) -> list[list[int]]:
     """Indices in batches of one size, every index once, batches and their contents in random order.
 
-    Where a size's pictures do not fill a last batch, that batch is smaller; nothing is lost and nothing comes twice.
+    Where a size's images do not fill a last batch, that batch is smaller; nothing is lost and nothing comes twice.
     Where there is one size alone, the smaller batch is the last.
     """
     order = torch.randperm(len(sizes), generator=random).tolist()

@@ -1,4 +1,4 @@
-"""Encoded pictures and captions on disk, found by what made them and checked when read."""
+"""Encoded images and captions on disk, found by what made them and checked when read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from loratune.errors import UserError
 from loratune.formats.files import tensors_hash, write_safetensors
 
-VERSION = 1  # of what the encoders here do to a picture before the VAE sees it
+VERSION = 1  # of what the encoders here do to an image before the VAE sees it
 
 
 def key_of(**made_from: str | int) -> str:

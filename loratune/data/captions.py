@@ -1,4 +1,4 @@
-"""Captions as people write them, and what is drawn of them each time a picture comes."""
+"""Captions as people write them, and what is drawn of them each time an image comes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Captions:
-    """What is told of a picture in a step. In validation it is always the first caption as it stands.
+    """What is told of an image in a step. In validation it is always the first caption as it stands.
 
     With `shuffle` or `tag_dropout` there are too many captions to encode beforehand: the text encoder is then kept,
     and encodes those of each batch.
 
     Args:
         lines: each line of a caption is a caption of its own.
-        choose: which of a picture's captions: a random one each time, or the first.
+        choose: which of an image's captions: a random one each time, or the first.
         shuffle: bring the tags, which separators part, into a random order each time.
         keep: so many first tags stay where they are and are not dropped.
         tag_dropout: share of the other tags that is left out each time, from 0 to below 1.
@@ -45,17 +45,17 @@ class Captions:
         return self.shuffle or self.tag_dropout > 0
 
     def read(self, written: Sequence[str], prefix: str) -> tuple[str, ...]:
-        """A picture's captions as written, with the prefix, and as many as are told apart; never none."""
+        """An image's captions as written, with the prefix, and as many as are told apart; never none."""
         if self.lines:
             written = [line.strip() for text in written for line in text.splitlines() if line.strip()]
         return tuple(prefix + text for text in written) or (prefix,)
 
     def possible(self, captions: Sequence[str]) -> Sequence[str]:
-        """Which of a picture's captions may be drawn."""
+        """Which of an image's captions may be drawn."""
         return captions[:1] if self.choose == "first" else captions
 
     def draw(self, captions: Sequence[str], prefix: str, random: Random) -> str:
-        """What is told of a picture this time.
+        """What is told of an image this time.
 
         Args:
             captions: as `read` gives them.

@@ -1,4 +1,4 @@
-"""The pictures of a recipe: what is known of each, before any is encoded."""
+"""The images of a recipe: what is known of each, before any is encoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratune.data.buckets import Buckets, Size
 from loratune.data.captions import Captions
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import Masks, digest_of
-from loratune.data.settings import Pictures
+from loratune.data.settings import Images
 from loratune.data.sources import Sample, Source
 
 
@@ -29,19 +29,19 @@ class Collection:
         size: side of the square, or the root of the buckets' area, in pixels.
         buckets: sizes beside the square; none: the square alone.
         captions: how captions are read.
-        augment: how training pictures vary.
-        percent: share of the training pictures that is held out.
+        augment: how training images vary.
+        percent: share of the training images that is held out.
         split_by: what decides it.
     """
 
-    settings: Sequence[Pictures]
+    settings: Sequence[Images]
     sources: Sequence[Source]
     size: int
     buckets: Buckets | None = None
     captions: Captions = Captions()  # noqa: RUF009 (frozen)
     augment: Augment = Augment()  # noqa: RUF009 (frozen)
     percent: int = 0
-    split_by: Literal["picture", "caption"] = "picture"
+    split_by: Literal["image", "caption"] = "image"
     masks: Sequence[Masks | None] = field(init=False)
     sizes: Sequence[Size] = field(init=False)
     ends: Sequence[int] = field(init=False)
@@ -57,16 +57,16 @@ class Collection:
         return self.ends[-1] if self.ends else 0
 
     def at(self, number: int) -> tuple[int, int]:
-        """The source and the row there of a picture, by its number among all."""
+        """The source and the row there of an image, by its number among all."""
         source = bisect_right(self.ends, number)
         return source, number - (self.ends[source - 1] if source else 0)
 
     def sample(self, entry: Entry) -> Sample:
-        """A picture as its source has it."""
+        """An image as its source has it."""
         return self.sources[entry.source][entry.index]
 
     def entry(self, source: int, index: int, sample: Sample) -> Entry:
-        """What is known of a picture.
+        """What is known of an image.
 
         Raises:
             OSError: it is unreadable.
@@ -88,15 +88,15 @@ class Collection:
         )
 
     def mask(self, entry: Entry) -> bytes | None:
-        """The bytes of a picture's mask, or None where it counts whole."""
+        """The bytes of an image's mask, or None where it counts whole."""
         masks = self.masks[entry.source]
         return masks.read(self.sample(entry), entry.size) if masks and entry.mask else None
 
     def is_held_out(self, entry: Entry) -> bool:
-        """Whether a picture is for validation: by its source's role, or by a hash of itself."""
+        """Whether an image is for validation: by its source's role, or by a hash of itself."""
         if (role := self.settings[entry.source].role) != "training":
             return role == "validation"
-        text = entry.digest if self.split_by == "picture" else entry.caption.removeprefix(entry.prefix)
+        text = entry.digest if self.split_by == "image" else entry.caption.removeprefix(entry.prefix)
         return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < self.percent
 
     @property
@@ -105,11 +105,11 @@ class Collection:
         return any(masks is not None for masks in self.masks)
 
     def views(self, entry: Entry) -> list[View]:
-        """How a picture may come in a step: the middle alone in validation."""
+        """How an image may come in a step: the middle alone in validation."""
         return [MIDDLE] if self.is_held_out(entry) else self.augment.views(entry.size, entry.bucket)
 
     def told(self, entry: Entry) -> Sequence[str]:
-        """Which captions of a picture are encoded beforehand; none where they cannot all be."""
+        """Which captions of an image are encoded beforehand; none where they cannot all be."""
         if self.captions.changes_tags:
             return ()
         return entry.captions[:1] if self.is_held_out(entry) else self.captions.possible(entry.captions)

@@ -1,4 +1,4 @@
-"""Pictures that are the same, or nearly: by their bytes, and by what is seen of them when they are very small."""
+"""Images that are the same, or nearly: by their bytes, and by what is seen of them when they are very small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 512
 
 
 class Fingerprint(NamedTuple):
-    """What is compared of a picture.
+    """What is compared of an image.
 
     Attributes:
         bits: whether it grows darker to the right in each of 16 x 16 places (dHash, Krawetz 2013), (4,) uint64.
@@ -28,18 +28,18 @@ class Fingerprint(NamedTuple):
     colours: np.ndarray
 
 
-def fingerprint(picture: Image.Image) -> Fingerprint:
-    """A picture's fingerprint, which scaling and compression hardly change; mirroring and cutting do."""
-    grey = np.asarray(picture.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX), dtype=np.int16)
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """An image's fingerprint, which scaling and compression hardly change; mirroring and cutting do."""
+    grey = np.asarray(image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX), dtype=np.int16)
     darker = np.packbits(grey[:, 1:] < grey[:, :-1])
-    colours = np.asarray(picture.convert("RGB").resize((4, 4), Image.Resampling.BOX), dtype=np.uint8)
+    colours = np.asarray(image.convert("RGB").resize((4, 4), Image.Resampling.BOX), dtype=np.uint8)
     return Fingerprint(darker.view(np.uint64), colours.reshape(-1))
 
 
 def near(prints: Sequence[Fingerprint]) -> Iterator[tuple[int, int]]:
-    """Pairs of pictures, the first number below the second, that are nearly the same.
+    """Pairs of images, the first number below the second, that are nearly the same.
 
-    Every pair is compared, some rows at a time: 5,000 pictures are 12.5 million pairs of 32 bytes.
+    Every pair is compared, some rows at a time: 5,000 images are 12.5 million pairs of 32 bytes.
     """
     if not prints:
         return

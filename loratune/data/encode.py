@@ -1,4 +1,4 @@
-"""What the frozen parts of a base make of pictures and captions, once, through the cache."""
+"""What the frozen parts of a base make of images and captions, once, through the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loratune.data.collection import Collection
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import mask_tensor
 from loratune.formats.files import tensors_hash
-from loratune.formats.images import normalise, open_picture, to_tensor
+from loratune.formats.images import normalise, open_image, to_tensor
 
 
 class Encodes(Protocol):
@@ -27,7 +27,7 @@ class Encodes(Protocol):
 
     device: torch.device
 
-    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels in [-1, 1] (B, 3, H, W) as the posterior."""
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -57,15 +57,15 @@ class Keys:
     text: str
     settings: str
 
-    def picture(self, entry: Entry, view: View) -> str:
-        """Of a picture's posterior."""
+    def image(self, entry: Entry, view: View) -> str:
+        """Of an image's posterior."""
         width, height = entry.bucket
         if width == height and view == MIDDLE:
-            return key_of(what="picture", picture=entry.digest, size=width, vae=self.vae)
-        return key_of(what="picture", picture=entry.digest, vae=self.vae, **_named(entry.bucket, view))
+            return key_of(what="image", image=entry.digest, size=width, vae=self.vae)
+        return key_of(what="image", image=entry.digest, vae=self.vae, **_named(entry.bucket, view))
 
     def mask(self, entry: Entry, view: View, latents: Size) -> str:
-        """Of a picture's mask at the size of its latents."""
+        """Of an image's mask at the size of its latents."""
         return key_of(what="mask", mask=entry.mask, latents="x".join(map(str, latents)), **_named(entry.bucket, view))
 
     def caption(self, caption: str) -> str:
@@ -80,18 +80,18 @@ def _named(bucket: Size, view: View) -> dict[str, str]:
 def pixels_of(
     data: bytes, bucket: Size, view: View, vary: Callable[[Image.Image], Image.Image] | None = None
 ) -> Tensor:
-    """A view of a picture as uint8, (3, H, W).
+    """A view of an image as uint8, (3, H, W).
 
     Args:
-        data: the picture's bytes.
+        data: the image's bytes.
         bucket: width and height.
         view: which part.
         vary: what is done to it then.
 
     Raises:
-        OSError: the picture is unreadable.
+        OSError: the image is unreadable.
     """
-    seen = cut(open_picture(data), bucket, view)
+    seen = cut(open_image(data), bucket, view)
     return to_tensor(vary(seen) if vary else seen)
 
 
@@ -115,7 +115,7 @@ class Encoder:
 
     def posterior(self, entry: Entry, view: View, pixels: Callable[[], Tensor]) -> dict[str, Tensor]:
         """The `mean` and `logvar` of a view, (C, h, w) each; `pixels` are asked for where they are not cached."""
-        return self._get(self.keys.picture(entry, view), lambda: self._encode_picture(pixels()))
+        return self._get(self.keys.image(entry, view), lambda: self._encode_image(pixels()))
 
     def condition(self, caption: str) -> dict[str, Tensor]:
         """What the network is told for a caption."""
@@ -131,9 +131,9 @@ class Encoder:
         return self._get(self.keys.mask(entry, view, latents), made)["mask"]
 
     def prepare(self, entry: Entry, pixels: Sequence[tuple[View, Tensor]], captions: Sequence[str]) -> None:
-        """Encode a picture's views, of which the pixels are given, and its captions, into the cache."""
+        """Encode an image's views, of which the pixels are given, and its captions, into the cache."""
         for view, seen in pixels:
-            self.cache.put(self.keys.picture(entry, view), self._encode_picture(seen))
+            self.cache.put(self.keys.image(entry, view), self._encode_image(seen))
         for caption in captions if self.text else ():
             self.condition(caption)
 
@@ -145,9 +145,9 @@ class Encoder:
         return found
 
     @torch.no_grad()
-    def _encode_picture(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _encode_image(self, pixels: Tensor) -> dict[str, Tensor]:
         pixels = normalise(pixels)[None].to(self.family.device)
-        return {name: value[0].cpu() for name, value in self.family.encode_pictures(pixels).items()}
+        return {name: value[0].cpu() for name, value in self.family.encode_images(pixels).items()}
 
     @torch.no_grad()
     def _encode_text(self, caption: str) -> dict[str, Tensor]:
@@ -155,19 +155,19 @@ class Encoder:
 
 
 class Look(NamedTuple):
-    """What a picture is, or its name and what is wrong with it; and the pixels of its views that are not cached."""
+    """What an image is, or its name and what is wrong with it; and the pixels of its views that are not cached."""
 
     found: Entry | tuple[str, str]
     pixels: Sequence[tuple[View, Tensor]] = ()
 
 
 class Looks(Dataset[Look]):
-    """Each picture looked at once, in processes of their own if there are any.
+    """Each image looked at once, in processes of their own if there are any.
 
     Args:
-        collection: the pictures.
+        collection: the images.
         numbers: which of them.
-        cached: the cache and its names; none where nothing is cached, and pictures are only decoded.
+        cached: the cache and its names; none where nothing is cached, and images are only decoded.
     """
 
     def __init__(self, collection: Collection, numbers: Sequence[int], cached: tuple[Cache, Keys] | None) -> None:
@@ -182,18 +182,18 @@ class Looks(Dataset[Look]):
         try:
             entry = self.collection.entry(source, row, sample)
             if self.cached is None:
-                open_picture(sample.data)
+                open_image(sample.data)
                 return Look(entry)
             return Look(entry, self._missing(entry, sample.data, *self.cached))
         except OSError as error:
             return Look((sample.name, str(error)))
 
     def _missing(self, entry: Entry, data: bytes, cache: Cache, keys: Keys) -> list[tuple[View, Tensor]]:
-        views = [view for view in self.collection.views(entry) if cache.get(keys.picture(entry, view)) is None]
+        views = [view for view in self.collection.views(entry) if cache.get(keys.image(entry, view)) is None]
         if not views:
             return []
-        picture = open_picture(data)
-        return [(view, to_tensor(cut(picture, entry.bucket, view))) for view in views]
+        image = open_image(data)
+        return [(view, to_tensor(cut(image, entry.bucket, view))) for view in views]
 
 
 def _weights_hash(parts: list[nn.Module]) -> str:

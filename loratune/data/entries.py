@@ -1,4 +1,4 @@
-"""What is known of a picture before it is decoded, and how it is looked at in a step."""
+"""What is known of an image before it is decoded, and how it is looked at in a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loratune.data.buckets import Size
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of a source.
+    """One image of a source.
 
     Attributes:
         source: which of the recipe's sources, from 0.
@@ -43,7 +43,7 @@ class Entry:
 
 
 class View(NamedTuple):
-    """The part of a picture that fills its bucket, and whether it is mirrored.
+    """The part of an image that fills its bucket, and whether it is mirrored.
 
     Attributes:
         across: where the part lies from left, 0, to right, 1.
@@ -60,7 +60,7 @@ MIDDLE = View()
 
 
 class Draw(NamedTuple):
-    """A picture in a batch.
+    """An image in a batch.
 
     Attributes:
         sample: index of its entry.

@@ -1,4 +1,4 @@
-"""Masks beside pictures: where they are black, the loss counts nothing."""
+"""Masks beside images: where they are black, the loss counts nothing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loratune.data.buckets import Size
 from loratune.data.entries import View
 from loratune.data.sources import PICTURES, Sample
 from loratune.errors import UserError
-from loratune.formats.images import open_picture
+from loratune.formats.images import open_image
 
 
 class Masks:
-    """A folder of masks, each of its picture's name, in any kind of picture.
+    """A folder of masks, each of its image's name, in any kind of image.
 
     Args:
         folder: where they are.
-        path: of the source whose pictures they belong to, for messages.
+        path: of the source whose images they belong to, for messages.
 
     Raises:
         UserError: there is no such folder.
@@ -35,21 +35,21 @@ class Masks:
             raise UserError(f"{folder}: no such folder; give the masks of {path} for data.sources.masks")
 
     def find(self, sample: Sample) -> Path | None:
-        """The file of a picture's mask, or None where it has none.
+        """The file of an image's mask, or None where it has none.
 
         Raises:
-            UserError: the pictures are no files in a folder, so they have no names to find masks by.
+            UserError: the images are no files in a folder, so they have no names to find masks by.
         """
         if not sample.root:
-            raise UserError(f"{self.path}: its pictures have no file names, so masks cannot be found; use a folder")
+            raise UserError(f"{self.path}: its images have no file names, so masks cannot be found; use a folder")
         own = self.folder / Path(sample.name).relative_to(sample.root)
         return next((file for kind in sorted(PICTURES) if (file := own.with_suffix(kind)).is_file()), None)
 
     def read(self, sample: Sample, size: Size) -> bytes | None:
-        """The bytes of a picture's mask, or None where it has none.
+        """The bytes of an image's mask, or None where it has none.
 
         Args:
-            sample: the picture.
+            sample: the image.
             size: its width and height, upright.
 
         Raises:
@@ -64,9 +64,7 @@ class Masks:
             raise UserError(f"{file}: this mask is unreadable ({error}); mend or remove it") from None
         if found != size:
             sizes = f"{found[0]} x {found[1]} and {size[0]} x {size[1]} pixels"
-            raise UserError(
-                f"{file}: this mask and its picture {sample.name} differ in size ({sizes}); make them alike"
-            )
+            raise UserError(f"{file}: this mask and its image {sample.name} differ in size ({sizes}); make them alike")
         return data
 
 
@@ -83,5 +81,5 @@ def mask_tensor(data: bytes | None, bucket: Size, view: View) -> Tensor:
     """
     if data is None:
         return torch.ones(1, bucket[1], bucket[0])
-    grey: Image.Image = cut(open_picture(data).convert("L"), bucket, view)
+    grey: Image.Image = cut(open_image(data).convert("L"), bucket, view)
     return torch.from_numpy(np.array(grey, dtype=np.float32) / 255)[None]

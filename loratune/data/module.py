@@ -1,4 +1,4 @@
-"""Captioned pictures -> cached latents and text embeddings -> batches."""
+"""Captioned images -> cached latents and text embeddings -> batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loratune.data.encode import Encoder, Looks, pixels_of
 from loratune.data.entries import MIDDLE, Draw, Entry
 from loratune.data.masks import mask_tensor
 from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
-from loratune.data.settings import Pictures, gathered, left_out
+from loratune.data.settings import Images, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
 from loratune.errors import UserError
@@ -35,30 +35,30 @@ NAMED = 10
 
 
 class CaptionedImages(L.LightningDataModule):
-    """Captioned pictures as training batches; what a frozen VAE and text encoder make is cached on disk.
+    """Captioned images as training batches; what a frozen VAE and text encoder make is cached on disk.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        size: side of the square that pictures are brought to, in pixels; with buckets the side of a square of their
+        size: side of the square that images are brought to, in pixels; with buckets the side of a square of their
             area.
-        batch_size: pictures in a batch.
+        batch_size: images in a batch.
         prefix: put before every caption (a trigger word).
-        validation_percent: share of the pictures held out for the validation loss, 0 to 50.
-        split_by: what the split hashes: the picture's bytes, or its caption.
-        image_column: the column of pictures, for parquet, datasets and hub.
+        validation_percent: share of the images held out for the validation loss, 0 to 50.
+        split_by: what the split hashes: the image's bytes, or its caption.
+        image_column: the column of images, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
-        allow_missing_captions: train on pictures without a caption, as pictures of nothing in particular.
-        strict: look at every picture before the run and stop where something cannot be meant: unreadable ones,
-            captions that are missing or cut, pictures that are both trained on and held out, masks that do not fit.
-        cache: folder of encoded pictures and captions, shared between runs.
-        workers: processes that decode pictures and load batches.
+        allow_missing_captions: train on images without a caption, as images of nothing in particular.
+        strict: look at every image before the run and stop where something cannot be meant: unreadable ones,
+            captions that are missing or cut, images that are both trained on and held out, masks that do not fit.
+        cache: folder of encoded images and captions, shared between runs.
+        workers: processes that decode images and load batches.
         sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
-        buckets: sizes beside the square, so that pictures keep about their shape; a batch is of one size. Without it
-            the middle square of each picture is taken.
-        captions: what is told of a picture in each step.
-        augment: how training pictures vary.
-        on_the_fly: encode pictures in each step instead of caching them: slower, and what colour changes need.
+        buckets: sizes beside the square, so that images keep about their shape; a batch is of one size. Without it
+            the middle square of each image is taken.
+        captions: what is told of an image in each step.
+        augment: how training images vary.
+        on_the_fly: encode images in each step instead of caching them: slower, and what colour changes need.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class CaptionedImages(L.LightningDataModule):
         batch_size: int = 1,
         prefix: str = "",
         validation_percent: int = 5,
-        split_by: Literal["picture", "caption"] = "picture",
+        split_by: Literal["image", "caption"] = "image",
         image_column: str = "image",
         caption_column: str | None = None,
         allow_missing_captions: bool = False,
         strict: bool = False,
         cache: Path = Path("~/.cache/loratune"),
         workers: int = 0,
-        sources: list[Pictures] | None = None,
+        sources: list[Images] | None = None,
         buckets: Buckets | None = None,
         captions: Captions = Captions(),  # noqa: B008 (frozen)
         augment: Augment = Augment(),  # noqa: B008 (frozen)
@@ -92,7 +92,7 @@ class CaptionedImages(L.LightningDataModule):
                 raise ValueError(f"data.{key} is {value}; give {least} to {most}")
         if augment.colours and not on_the_fly:
             colour, far = next(iter(augment.colours.items()))
-            told = "colours can only change where pictures are encoded in each step"
+            told = "colours can only change where images are encoded in each step"
             raise ValueError(f"data.augment.{colour} is {far}: {told}; set data.on_the_fly: true, or {colour}: 0")
         if buckets is not None:
             buckets.sizes(size**2)  # raises where none fits
@@ -112,23 +112,23 @@ class CaptionedImages(L.LightningDataModule):
         """The sources, opened.
 
         Raises:
-            UserError: one cannot be read, or has no pictures.
+            UserError: one cannot be read, or has no images.
         """
         opened = [read_source(one.path, one.image_column, one.caption_column) for one in self.sources]
         for source, told in zip(opened, self.sources, strict=True):
             if not len(source):
-                raise UserError(f"{told.path}: holds no pictures; leave this source out")
+                raise UserError(f"{told.path}: holds no images; leave this source out")
         settings = (self.buckets, self.captions, self.augment, self.validation_percent, self.split_by)
         return Collection(self.sources, opened, self.size, *settings)
 
     def check(self, warn: bool = True) -> None:
-        """See, by names, captions and the headers of pictures with masks, that the sources can be trained on.
+        """See, by names, captions and the headers of images with masks, that the sources can be trained on.
 
         Args:
             warn: tell what is no error; `setup` does, so who checks before it need not.
 
         Raises:
-            UserError: a source is empty, a picture has no caption, or a mask has another size than its picture.
+            UserError: a source is empty, an image has no caption, or a mask has another size than its image.
         """
         collection = self.collection
         self._check_captions(collection, warn)
@@ -141,7 +141,7 @@ class CaptionedImages(L.LightningDataModule):
         if not missing:
             return
         where = ", ".join(one.path for one in self.sources)
-        message = f"{where}: {len(missing)} of {len(collection)} pictures have no caption: {_listed(missing)}"
+        message = f"{where}: {len(missing)} of {len(collection)} images have no caption: {_listed(missing)}"
         if not self.allow_missing_captions:
             raise UserError(f"{message}; write them, or set data.allow_missing_captions: true")
         if warn:
@@ -157,9 +157,9 @@ class CaptionedImages(L.LightningDataModule):
             except OSError:
                 continue  # told of when it is read
         if len(bare) == len(source):
-            raise UserError(f"{told.masks}: has a mask for none of the pictures of {told.path}; give them their names")
+            raise UserError(f"{told.masks}: has a mask for none of the images of {told.path}; give them their names")
         if bare and warn:
-            log.warning("%s: %d pictures have no mask and count whole: %s", told.masks, len(bare), _listed(bare))
+            log.warning("%s: %d images have no mask and count whole: %s", told.masks, len(bare), _listed(bare))
 
     def setup(self, stage: str) -> None:
         """Read the sources, say what is wrong with them, and encode what is not in the cache yet."""
@@ -176,9 +176,9 @@ class CaptionedImages(L.LightningDataModule):
             (held_out if collection.is_held_out(entry) else training).append(entry)
         for number, one in enumerate(self.sources):
             if not any(entry.source == number for entry in (*training, *held_out)):
-                raise UserError(f"{one.path}: no picture is left to train on")
+                raise UserError(f"{one.path}: no image is left to train on")
         if not any(self.sources[entry.source].role == "training" for entry in training):
-            raise UserError(f"{self.sources[0].path}: no picture is left to train on")
+            raise UserError(f"{self.sources[0].path}: no image is left to train on")
         self.training = Samples(training, collection, encoder, self.on_the_fly)
         self.held_out = Samples(held_out, collection, encoder, self.on_the_fly)
 
@@ -206,7 +206,7 @@ class CaptionedImages(L.LightningDataModule):
         return encoder
 
     def _entries(self, collection: Collection, encoder: Encoder | None) -> list[Entry]:
-        """The readable pictures; each process of a run encodes its share of them."""
+        """The readable images; each process of a run encodes its share of them."""
         assert self.trainer is not None
         rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         numbers = range(rank, len(collection), processes)
@@ -237,17 +237,15 @@ class CaptionedImages(L.LightningDataModule):
             raise UserError(f"{name}: unreadable ({fault}); mend or remove it")
         self.unreadable = [name for name, _ in lost]
         if lost:
-            log.warning(
-                "%d of %d pictures are unreadable and left out: %s", len(lost), total, ", ".join(self.unreadable)
-            )
+            log.warning("%d of %d images are unreadable and left out: %s", len(lost), total, ", ".join(self.unreadable))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Encode pictures that are not cached, on the run's device."""
+        """Encode images that are not cached, on the run's device."""
         module: Any = self.trainer.lightning_module if self.trainer else None
         if not self.on_the_fly or module is None or module.batch_kind != "latents":
             return batch
         with torch.no_grad():
-            return batch | module.family.encode_pictures(normalise(batch["pixels"]))
+            return batch | module.family.encode_images(normalise(batch["pixels"]))
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.training is not None
@@ -310,7 +308,7 @@ class Samples(Dataset[dict[str, Any]]):
 
     Args:
         entries: the samples.
-        collection: where their pictures are.
+        collection: where their images are.
         encoder: reads them from the cache; none gives pixels.
         on_the_fly: give pixels all the same, which the training encodes.
     """

@@ -1,4 +1,4 @@
-"""The order in which pictures come: batches of one size, by seed and epoch alone."""
+"""The order in which images come: batches of one size, by seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.utils.data import Sampler
 
 from loratune.data.buckets import Size, batch_count, batches
 from loratune.data.entries import Draw, Entry
-from loratune.data.settings import Pictures
+from loratune.data.settings import Images
 
 Group = tuple[list[int], int]
-"""Indices of entries of one source and one size, and how many pictures of an epoch are theirs; never fewer."""
+"""Indices of entries of one source and one size, and how many images of an epoch are theirs; never fewer."""
 
 
 def groups(entries: Sequence[Entry], often: Sequence[float]) -> list[Group]:
-    """Entries by source and size, and how many pictures of an epoch are each group's.
+    """Entries by source and size, and how many images of an epoch are each group's.
 
     Args:
         entries: what is trained on.
-        often: how often each source's pictures come in an epoch; of 2.5 times the half is another one in each epoch.
+        often: how often each source's images come in an epoch; of 2.5 times the half is another one in each epoch.
     """
     held: dict[tuple[int, Size], list[int]] = {}
     for index, entry in enumerate(entries):
@@ -29,31 +29,31 @@ def groups(entries: Sequence[Entry], often: Sequence[float]) -> list[Group]:
     made: list[Group] = []
     for (source, _), indices in held.items():
         before, seen[source] = seen[source], seen[source] + len(indices)
-        # Rounding what has come so far keeps a source's whole count right to one picture.
+        # Rounding what has come so far keeps a source's whole count right to one image.
         count = round(often[source] * seen[source]) - round(often[source] * before)
-        made.append((indices, max(1, count)))  # or a shape of few pictures would never come
+        made.append((indices, max(1, count)))  # or a shape of few images would never come
     return made
 
 
 def often_of_weights(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """How often each source's pictures come in an epoch, so that its pictures are a share of the epoch by weight.
+    """How often each source's images come in an epoch, so that its images are a share of the epoch by weight.
 
-    The epoch is as long as it takes to give every picture at least once.
+    The epoch is as long as it takes to give every image at least once.
 
     Args:
         weights: of each source; 0 leaves it out.
-        counts: pictures of each.
+        counts: images of each.
     """
     longest = max((count / weight for weight, count in zip(weights, counts, strict=True) if weight), default=0.0)
     return [longest * weight / max(1, count) for weight, count in zip(weights, counts, strict=True)]
 
 
-def often(sources: Sequence[Pictures], counts: Sequence[int]) -> list[float]:
-    """How often the pictures of each source come in an epoch.
+def often(sources: Sequence[Images], counts: Sequence[int]) -> list[float]:
+    """How often the images of each source come in an epoch.
 
     Args:
         sources: as the recipe has them.
-        counts: pictures of each that are trained on.
+        counts: images of each that are trained on.
     """
     if any(one.weight is not None for one in sources):
         weights = [1.0 if one.weight is None else one.weight for one in sources]
@@ -70,14 +70,14 @@ def often(sources: Sequence[Pictures], counts: Sequence[int]) -> list[float]:
 
 
 class BatchOrder(Sampler[list[Draw]]):
-    """Every picture in each epoch, in batches of one size, in an order that follows from seed and epoch alone.
+    """Every image in each epoch, in batches of one size, in an order that follows from seed and epoch alone.
 
     Where the run stands is asked for, not counted: after a resume the order goes on where it was.
 
     Args:
         given: as `groups` makes them.
         sizes: of every entry.
-        batch_size: pictures in a batch, of all processes together; where a size's pictures do not fill a last
+        batch_size: images in a batch, of all processes together; where a size's images do not fill a last
             batch, that batch is smaller.
         seed: of the run.
         place: the epoch, and how many of its batches are done, by how many an epoch has.
@@ -118,7 +118,7 @@ class BatchOrder(Sampler[list[Draw]]):
 
 
 def in_order(sizes: Sequence[Size], batch_size: int) -> list[list[Draw]]:
-    """Every picture once, in batches of one size, size by size as they come, with nothing random."""
+    """Every image once, in batches of one size, size by size as they come, with nothing random."""
     held: dict[Size, list[Draw]] = {}
     for index, size in enumerate(sizes):
         held.setdefault(size, []).append(Draw(index))

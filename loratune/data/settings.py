@@ -1,4 +1,4 @@
-"""What a recipe says of the places that pictures come from."""
+"""What a recipe says of the places that images come from."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Role = Literal["training", "validation", "regularisation"]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A source of captioned pictures.
+class Images:
+    """A source of captioned images.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        role: training; validation, of which all pictures are held out; or regularisation: pictures of the class of
+        role: training; validation, of which all images are held out; or regularisation: images of the class of
             what is learned, which keep the base from forgetting it (prior preservation, Ruiz 2023). None of them is
             held out.
-        repeats: how often each picture comes in an epoch; if it is not given, once, and pictures for regularisation
+        repeats: how often each image comes in an epoch; if it is not given, once, and images for regularisation
             as many as there are others to train on.
         weight: in place of repeats: how large a share of an epoch this source is, beside the weights of the others
-            (1 where it is not given); 0 leaves it out. The epoch is as long as it takes for every picture to come.
+            (1 where it is not given); 0 leaves it out. The epoch is as long as it takes for every image to come.
         prefix: put before every caption (a trigger word).
-        loss_weight: how much the loss of its pictures counts, 0 to 100; usually 1 or less for regularisation.
-        masks: a folder with pictures of the same names that are bright where the loss counts and black where it does
-            not; a picture without one counts whole.
-        image_column: the column of pictures, for parquet, datasets and hub.
+        loss_weight: how much the loss of its images counts, 0 to 100; usually 1 or less for regularisation.
+        masks: a folder with images of the same names that are bright where the loss counts and black where it does
+            not; an image without one counts whole.
+        image_column: the column of images, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
     """
 
@@ -60,7 +60,7 @@ class Pictures:
                 raise ValueError(f"{where}: {names[0]} says nothing of role validation; leave it out")
 
 
-def gathered(path: str | None, sources: Sequence[Pictures] | None, short: dict[str, Any]) -> tuple[Pictures, ...]:
+def gathered(path: str | None, sources: Sequence[Images] | None, short: dict[str, Any]) -> tuple[Images, ...]:
     """The sources of a recipe.
 
     Args:
@@ -73,11 +73,11 @@ def gathered(path: str | None, sources: Sequence[Pictures] | None, short: dict[s
     """
     if sources is None:
         if path is None:
-            raise ValueError("data.path is null; give a folder of captioned pictures there, or several in data.sources")
-        return (Pictures(path, **short),)
+            raise ValueError("data.path is null; give a folder of captioned images there, or several in data.sources")
+        return (Images(path, **short),)
     if path is not None:
         raise ValueError(f"data.path is {path!r}, and data.sources is given too; move it into data.sources")
-    usual = {field.name: field.default for field in fields(Pictures)}
+    usual = {field.name: field.default for field in fields(Images)}
     for key, value in short.items():
         if value != usual[key]:
             raise ValueError(f"data.{key} is {value!r}, but data.sources is given; set {key} in each source")
@@ -85,7 +85,7 @@ def gathered(path: str | None, sources: Sequence[Pictures] | None, short: dict[s
     return tuple(sources)
 
 
-def _check(sources: Sequence[Pictures]) -> None:
+def _check(sources: Sequence[Images]) -> None:
     trained = [one for one in sources if one.role != "validation"]
     if not any(one.role == "training" for one in trained):
         raise ValueError("data.sources: none has role training; give one to train on")
@@ -100,6 +100,6 @@ def _check(sources: Sequence[Pictures]) -> None:
         raise ValueError("data.sources: loss_weight is 0 for every source, so that nothing is learned; raise one")
 
 
-def left_out(source: Pictures) -> bool:
+def left_out(source: Images) -> bool:
     """Whether a source is not even read."""
     return source.weight == 0

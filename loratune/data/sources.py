@@ -1,4 +1,4 @@
-"""Captioned pictures from where people keep them, as one Hugging Face dataset."""
+"""Captioned images from where people keep them, as one Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, still encoded, and what it is called.
+    """One image, still encoded, and what it is called.
 
     Args:
         name: its path, or where it is.
@@ -47,7 +47,7 @@ class Source:
     Args:
         rows: a dataset with columns image (undecoded) and caption (a string or a list of them).
         where: for messages.
-        root: the folder of the pictures, where it is one.
+        root: the folder of the images, where it is one.
     """
 
     def __init__(self, rows: datasets.Dataset, where: str, root: str = "") -> None:
@@ -58,7 +58,7 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        image: dict[str, Any] = row["image"] or {}  # an empty cell is an unreadable picture
+        image: dict[str, Any] = row["image"] or {}  # an empty cell is an unreadable image
         data, path = image.get("bytes"), image.get("path")
         if data is None:
             data = _read(path) if path else b""
@@ -68,7 +68,7 @@ class Source:
         return (self[index] for index in range(len(self)))
 
     def without_caption(self) -> list[str]:
-        """Names of the pictures that have no caption."""
+        """Names of the images that have no caption."""
         missing = [index for index, value in enumerate(self.rows["caption"]) if not _captions(value)]
         return [self[index].name for index in missing]
 
@@ -83,7 +83,7 @@ class TarSource(Source):
         caption_column: of .json members; by default the first of text, caption, prompt.
 
     Raises:
-        UserError: a file is no tar file, or has no picture; the message names it.
+        UserError: a file is no tar file, or has no image; the message names it.
     """
 
     def __init__(self, files: Sequence[Path], caption_column: str | None) -> None:
@@ -93,7 +93,7 @@ class TarSource(Source):
             found = len(self.members)
             self.members += _tar_members(file)
             if len(self.members) == found:
-                raise UserError(f"{file}: no picture in this tar file ({', '.join(sorted(PICTURES))})")
+                raise UserError(f"{file}: no image in this tar file ({', '.join(sorted(PICTURES))})")
 
     def __len__(self) -> int:
         return len(self.members)
@@ -123,8 +123,8 @@ class TarSource(Source):
 
 
 def _tar_members(file: Path) -> list[tuple[Path, str, tuple[int, int], tuple[int, int, str] | None]]:
-    """Each picture of a tar file with what tells its caption, found by the name before the first dot."""
-    pictures: dict[str, tuple[str, int, int]] = {}
+    """Each image of a tar file with what tells its caption, found by the name before the first dot."""
+    images: dict[str, tuple[str, int, int]] = {}
     captions: dict[str, tuple[int, int, str]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -133,12 +133,12 @@ def _tar_members(file: Path) -> list[tuple[Path, str, tuple[int, int], tuple[int
                 stem, _, kind = last.partition(".")
                 kind, key = f".{kind.lower()}", f"{folder}/{stem}"
                 if member.isfile() and kind in PICTURES:
-                    pictures[key] = (member.name, member.offset_data, member.size)
+                    images[key] = (member.name, member.offset_data, member.size)
                 elif member.isfile() and kind in (".txt", ".json"):
                     captions.setdefault(key, (member.offset_data, member.size, kind))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{file}: not a tar file that can be read ({error}); it must not be compressed") from None
-    return [(file, name, (at, size), captions.get(key)) for key, (name, at, size) in pictures.items()]
+    return [(file, name, (at, size), captions.get(key)) for key, (name, at, size) in images.items()]
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -158,15 +158,15 @@ def _read(path: str) -> bytes:
 
 
 def read_source(path: str, image_column: str = "image", caption_column: str | None = None) -> Source:
-    """Find the captioned pictures of a folder, a parquet file, tar files or a hub name.
+    """Find the captioned images of a folder, a parquet file, tar files or a hub name.
 
-    A folder's captions are in metadata.jsonl, metadata.csv, or a .txt file beside each picture. In tar files of a
-    webdataset they are in a .txt or .json member of the picture's name.
+    A folder's captions are in metadata.jsonl, metadata.csv, or a .txt file beside each image. In tar files of a
+    webdataset they are in a .txt or .json member of the image's name.
 
     Args:
         path: the folder; a .jsonl or .csv file in it; a folder that datasets saved; a .parquet file; a .tar file, or
             a folder of them; or the name of a dataset on the hub.
-        image_column: the column of pictures, for parquet and hub.
+        image_column: the column of images, for parquet and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt.
 
     Raises:
@@ -238,7 +238,7 @@ def _columns(rows: datasets.Dataset, where: str, image: str, caption: str | None
 def _folder(folder: Path, names: Sequence[str], caption_column: str | None) -> Source:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
-        raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(PICTURES))})")
+        raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(PICTURES))})")
     captions = _metadata(folder, names, caption_column)
     if captions is None:
         captions = {file: _text_beside(file) for file in files}
@@ -249,8 +249,8 @@ def _folder(folder: Path, names: Sequence[str], caption_column: str | None) -> S
     return Source(datasets.Dataset.from_dict(rows, features=features), str(folder), str(folder))
 
 
-def _text_beside(picture: Path) -> tuple[str, ...]:
-    file = picture.with_suffix(".txt")
+def _text_beside(image: Path) -> tuple[str, ...]:
+    file = image.with_suffix(".txt")
     try:
         text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
         return _captions(text)
@@ -259,7 +259,7 @@ def _text_beside(picture: Path) -> tuple[str, ...]:
 
 
 def _metadata(folder: Path, names: Sequence[str], caption_column: str | None) -> dict[Path, tuple[str, ...]] | None:
-    """Captions by picture from the first of some files that the folder has; None where it has none of them."""
+    """Captions by image from the first of some files that the folder has; None where it has none of them."""
     for name in names:
         if not (file := folder / name).is_file():
             continue
@@ -290,14 +290,14 @@ def _entry(
     folder: Path, file: Path, number: int, row: dict[str, Any], column: str | None
 ) -> tuple[Path, tuple[str, ...]]:
     if not row.get("file_name") or not isinstance(row["file_name"], str):
-        raise UserError(f"{file}:{number}: no 'file_name'; give the picture's name, relative to {folder}")
-    picture = folder / os.path.normpath(row["file_name"])
-    if not picture.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{file}:{number}: no 'file_name'; give the image's name, relative to {folder}")
+    image = folder / os.path.normpath(row["file_name"])
+    if not image.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{file}:{number}: file_name {row['file_name']!r} leaves the folder")
-    if not picture.is_file():
-        raise UserError(f"{file}:{number}: there is no picture {row['file_name']!r} in {folder}")
-    if picture.suffix.lower() not in PICTURES:
+    if not image.is_file():
+        raise UserError(f"{file}:{number}: there is no image {row['file_name']!r} in {folder}")
+    if image.suffix.lower() not in PICTURES:
         raise UserError(
             f"{file}:{number}: {row['file_name']!r} is of a kind not read here ({', '.join(sorted(PICTURES))})"
         )
-    return picture, _captions(next((row[name] for name in _columns_of(column) if row.get(name)), None))
+    return image, _captions(next((row[name] for name in _columns_of(column) if row.get(name)), None))

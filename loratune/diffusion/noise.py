@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def offset_noise(noise: Tensor, shift: Tensor, strength: float) -> Tensor:
     """Noise whose mean wanders too: noise + strength * shift (Guttenberg 2023).
 
-    Plain noise hardly touches a picture's mean brightness, so a model never learns to choose it.
+    Plain noise hardly touches an image's mean brightness, so a model never learns to choose it.
 
     Args:
         noise: N(0, I), (B, C, H, W).

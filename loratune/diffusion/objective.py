@@ -73,7 +73,7 @@ def huber_c(t: Tensor, a: Tensor, b: Tensor, least: float, schedule: str, steps:
 
     Args:
         t: steps from 0, (B,).
-        a: weight of the picture in x_t, (B,).
+        a: weight of the image in x_t, (B,).
         b: weight of the noise, (B,).
         least: c at most noise, in (0, 1).
         schedule: constant, exponential or snr.
@@ -161,6 +161,6 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB; x, y in [-1, 1], (B, C, H, W) -> (B,)."""
+    """Peak signal-to-noise ratio of each image in dB; x, y in [-1, 1], (B, C, H, W) -> (B,)."""
     mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse.clamp_min(1e-12))

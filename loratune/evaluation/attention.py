@@ -1,4 +1,4 @@
-"""Which parts of a picture look at which word: cross-attention, recorded while a network draws (Hertz 2022)."""
+"""Which parts of an image look at which word: cross-attention, recorded while a network draws (Hertz 2022)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Maps:
         self.counts[places] = self.counts.get(places, 0) + 1
 
     def tokens(self, side: int) -> Tensor:
-        """The mean over layers and calls for each token, (S, side, side); square pictures only."""
+        """The mean over layers and calls for each token, (S, side, side); square images only."""
         found = []
         for places, total in self.sums.items():
             own = math.isqrt(places)

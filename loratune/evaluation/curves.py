@@ -103,12 +103,12 @@ def chart(lines: Sequence[Series], unit: str = "", zero: bool = False, log: bool
         if not line.faint:
             legend.append(f'<span class="key c{own % COLOURS + 1}">{escape(line.name)}</span>')
     said = escape(", ".join(line.name for line in lines if not line.faint))
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
-    return picture + (f'<p class="legend">{" ".join(legend)}</p>' if legend else "")
+    image = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
+    return image + (f'<p class="legend">{" ".join(legend)}</p>' if legend else "")
 
 
 class _Scale:
-    """From steps and values to places in the picture."""
+    """From steps and values to places in the image."""
 
     def __init__(self, lines: Sequence[Series], zero: bool, log: bool) -> None:
         self.log = log
@@ -119,7 +119,7 @@ class _Scale:
         for line in strong:
             pairs = zip(line.points, line.errors, strict=False)
             values += [value + sign * error for (_, value), error in pairs for sign in (-1, 1) if not log]
-        for line in lines:  # of a faint line what is far from all others may leave the picture
+        for line in lines:  # of a faint line what is far from all others may leave the image
             ordered = sorted(value for _, value in line.points)
             values += ordered[len(ordered) // 50 : len(ordered) - len(ordered) // 50]
         values += [0.0] if zero and not log else []

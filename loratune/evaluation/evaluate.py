@@ -1,4 +1,4 @@
-"""While it runs: the adapted network beside its base on fixed pictures, and the run's page."""
+"""While it runs: the adapted network beside its base on fixed images, and the run's page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MONITORED = (f"{HELD_OUT}/", f"{TRAINING}/", f"{PROMPTS}/", "drift")
 
 
 class Evaluate(L.Callback):
-    """Compare the adapted network with its base on the same pictures, steps and noise, and write the run's page.
+    """Compare the adapted network with its base on the same images, steps and noise, and write the run's page.
 
     At validations held_out/gap, training/gap and neutral/gap are logged (below 0 the adapted network is better), each
     with its standard error gap_se, and drift: how far its output has moved from the base's on neutral prompts. A
@@ -55,10 +55,10 @@ class Evaluate(L.Callback):
     Args:
         every_n_steps: at the first validation after so many steps, and at the end; at each validation where a
             checkpoint or early stopping waits for it; 0 never compares.
-        pictures: how many held-out pictures, and how many of the training's; always the same ones.
-        prompts: neutral ones, without the style; the base's own drawings of them are its pictures. None measures no
+        images: how many held-out images, and how many of the training's; always the same ones.
+        prompts: neutral ones, without the style; the base's own drawings of them are its images. None measures no
             drift.
-        levels: at how many steps t, spread evenly, each picture is compared, and into how many ranges of t the
+        levels: at how many steps t, spread evenly, each image is compared, and into how many ranges of t the
             training loss is parted.
         seed: of the noise.
         figures: at the end draw the forward and the reverse process, and where the words of a prompt are seen.
@@ -68,7 +68,7 @@ class Evaluate(L.Callback):
     def __init__(
         self,
         every_n_steps: int = 100,
-        pictures: int = 8,
+        images: int = 8,
         prompts: tuple[str, ...] = NEUTRAL,
         levels: int = 4,
         seed: int = 0,
@@ -77,12 +77,12 @@ class Evaluate(L.Callback):
     ) -> None:
         for key, value, least, most in (
             ("every_n_steps", every_n_steps, 0, 10**9),
-            ("pictures", pictures, 0, 10**6),
+            ("images", images, 0, 10**6),
             ("levels", levels, 1, 100),
         ):
             if not least <= value <= most:
                 raise ValueError(f"evaluation.{key} is {value}; give {least} to {most}")
-        self.every_n_steps, self.pictures, self.prompts = every_n_steps, pictures, tuple(prompts)
+        self.every_n_steps, self.images, self.prompts = every_n_steps, images, tuple(prompts)
         self.levels, self.seed, self.figures, self.report = levels, seed, figures, report
         self._sets: dict[str, list[Chunk]] = {}
         self._base: dict[str, Outputs] = {}
@@ -98,7 +98,7 @@ class Evaluate(L.Callback):
             trainer.loggers = [*trainer.loggers, self._history]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the pictures and keep what the base makes of them, while the text encoder and the VAE are here."""
+        """Choose the images and keep what the base makes of them, while the text encoder and the VAE are here."""
         self._step = trainer.global_step
         if self._history is not None:
             self._history.begin(trainer.global_step)
@@ -154,8 +154,8 @@ class Evaluate(L.Callback):
     def _choose(self, data: Any, module: LoRAModule) -> dict[str, list[Chunk]]:
         made: dict[str, list[Chunk]] = {}
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
-            if len(rows) and self.pictures:
-                made[name] = fixed_chunks(module.family, rows, self.pictures, data.batch_size)
+            if len(rows) and self.images:
+                made[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
         if self.prompts:
             made[PROMPTS] = drawn_chunks(module, self.prompts, data.size, self.seed, data.batch_size)
         return made
@@ -184,7 +184,7 @@ class Evaluate(L.Callback):
         return Evaluation(step, gaps, moved, parts)
 
     def _watch(self, trainer: L.Trainer, losses: dict[str, Tensor]) -> None:
-        """Warn, once for each best step, where held-out pictures get worse while those that are trained get better."""
+        """Warn, once for each best step, where held-out images get worse while those that are trained get better."""
         if HELD_OUT not in losses:
             return
         best = self._best
@@ -198,7 +198,7 @@ class Evaluate(L.Callback):
         best["told"] = True
         text = (
             f"held-out loss rose by {risen.mean:.4f} (standard error {risen.error:.4f}) since step {best['step']}, "
-            "while the training pictures' fell: the adapter learns them by heart; stop near that step, "
+            "while the training images' fell: the adapter learns them by heart; stop near that step, "
             "or lower the rank or the learning rate"
         )
         log.warning("step %d: %s", self._at, text)
@@ -241,7 +241,7 @@ class Evaluate(L.Callback):
 
 
 def _own(data: Any) -> Subset[Any]:
-    """The training pictures that are no regularisation."""
+    """The training images that are no regularisation."""
     entries, sources = data.training.entries, data.sources
     return Subset(data.training, [i for i, one in enumerate(entries) if sources[one.source].role == "training"])
 

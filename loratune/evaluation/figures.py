@@ -22,7 +22,7 @@ from loratune.families.family import Family
 from loratune.families.sampling import draw_start
 from loratune.families.sd import StableDiffusion
 from loratune.formats.atomic import atomic_path
-from loratune.formats.images import to_picture
+from loratune.formats.images import to_image
 from loratune.training.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -32,18 +32,18 @@ MOST_WORDS, ACROSS = 14, 8
 LOOKED_AT = 64
 
 
-def save_figure(trainer: L.Trainer, picture: Image.Image, name: str, tag: str) -> None:
-    """A picture into the run's folder, as figures/NAME.png, and into TensorBoard; where the disk is full, said."""
+def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> None:
+    """An image into the run's folder, as figures/NAME.png, and into TensorBoard; where the disk is full, said."""
     path = Path(trainer.default_root_dir) / FOLDER / f"{name}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            picture.save(temporary, "PNG")
+            image.save(temporary, "PNG")
     except OSError as error:
         log.warning("%s: not written (%s); training goes on", path, error)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:
@@ -51,19 +51,19 @@ def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, 
     try:
         with evaluating(trainer, module):
             made = figures(family, getattr(trainer, "datamodule", None), seed)
-            for name, picture in made.items() if trainer.is_global_zero else ():
-                save_figure(trainer, picture, name, f"figures/{name}")
+            for name, image in made.items() if trainer.is_global_zero else ():
+                save_figure(trainer, image, name, f"figures/{name}")
     except (torch.OutOfMemoryError, MemoryError) as error:
         log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])
 
 
 @torch.no_grad()
 def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
-    """Pictures by the names of report.strips.FIGURES.
+    """Images by the names of report.strips.FIGURES.
 
     Args:
         family: the base with its adapter.
-        data: the run's data; a held-out picture is taken, or one of the training's.
+        data: the run's data; a held-out image is taken, or one of the training's.
         seed: of the noise.
     """
     rows = data.held_out if len(data.held_out) else data.training
@@ -104,11 +104,11 @@ def telling(captions: Sequence[str]) -> int:
 
 
 def _decoded(family: Family, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
-    # One at a time: a VAE's memory for one picture is known to be there.
-    return [to_picture(family.decode(one[None]).clamp(-1, 1)[0]) for one in latents]
+    # One at a time: a VAE's memory for one image is known to be there.
+    return [to_image(family.decode(one[None]).clamp(-1, 1)[0]) for one in latents]
 
 
-def _words(family: StableDiffusion, caption: str, maps: Maps, picture: Image.Image, side: int) -> Image.Image | None:
+def _words(family: StableDiffusion, caption: str, maps: Maps, image: Image.Image, side: int) -> Image.Image | None:
     tokenizer: Any = family.tokenizer
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)[1:-1]
     words = [(word, [at + 1 for at in places]) for word, places in words_of(pieces)]
@@ -117,6 +117,6 @@ def _words(family: StableDiffusion, caption: str, maps: Maps, picture: Image.Ima
     if not words or not maps.sums:
         return None
     seen = shares(maps.tokens(side), words)
-    names = ["the picture", *(word for word, _ in words[:MOST_WORDS])]
-    pictures = [picture, *(heat(picture, one) for one in seen[:MOST_WORDS])]
-    return captioned(pictures, names, ACROSS)
+    names = ["the image", *(word for word, _ in words[:MOST_WORDS])]
+    images = [image, *(heat(image, one) for one in seen[:MOST_WORDS])]
+    return captioned(images, names, ACROSS)

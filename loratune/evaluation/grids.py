@@ -1,4 +1,4 @@
-"""Pictures beside one another, with words."""
+"""Images beside one another, with words."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def grid(
     names: Sequence[str] = (),
     cell: int = 128,
 ) -> Image.Image:
-    """Pictures in a table.
+    """Images in a table.
 
     Args:
-        rows: pictures, row by row; shorter rows leave cells empty.
+        rows: images, row by row; shorter rows leave cells empty.
         columns: words above the columns.
         names: words before the rows.
-        cell: side of a cell in pixels; smaller pictures are enlarged to it.
+        cell: side of a cell in pixels; smaller images are enlarged to it.
     """
     font = ImageFont.load_default(size=max(11, cell // 9))
     wrapped = [_wrap(text, font, cell) for text in columns]
@@ -38,18 +38,16 @@ def grid(
     for y, row in enumerate(rows):
         if names:
             pen.text((MARGIN, top + y * step + step // 2), names[y], INK, font, anchor="lm")
-        for x, picture in enumerate(row):
-            shown = picture.resize((cell, cell), Image.Resampling.LANCZOS) if picture.width != cell else picture
+        for x, image in enumerate(row):
+            shown = image.resize((cell, cell), Image.Resampling.LANCZOS) if image.width != cell else image
             sheet.paste(shown, (left + MARGIN + x * step, top + MARGIN // 2 + y * step))
     return sheet
 
 
-def captioned(
-    pictures: Sequence[Image.Image], captions: Sequence[str], across: int = 4, cell: int = 128
-) -> Image.Image:
-    """Pictures in rows of `across`, each below its caption."""
-    starts = range(0, len(pictures), across)
-    rows = [grid([pictures[i : i + across]], captions[i : i + across], cell=cell) for i in starts]
+def captioned(images: Sequence[Image.Image], captions: Sequence[str], across: int = 4, cell: int = 128) -> Image.Image:
+    """Images in rows of `across`, each below its caption."""
+    starts = range(0, len(images), across)
+    rows = [grid([images[i : i + across]], captions[i : i + across], cell=cell) for i in starts]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), PAPER)
     top = 0
     for row in rows:

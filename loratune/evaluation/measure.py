@@ -1,4 +1,4 @@
-"""Measuring a base or a LoRA on real captioned pictures."""
+"""Measuring a base or a LoRA on real captioned images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loratune.evaluation.quality import colourfulness, colours, nearest_rate, sh
 from loratune.families.family import Family
 from loratune.families.sampling import draw
 from loratune.families.sd import StableDiffusion
-from loratune.formats.images import normalise, open_picture, square, to_tensor
+from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.load import load_with
 
 BY = (shapes, colours)
@@ -38,7 +38,7 @@ def measure(
     out: Path | None,
 ) -> dict[str, Any]:
     """Measure, print JSON, and write it to `out` where that is given."""
-    reals, captions = read_pictures(data, size)
+    reals, captions = read_images(data, size)
     if what == "vae":
         found = measure_vae(load_with(base, lora), reals[:samples])
     elif what == "nearest":
@@ -46,7 +46,7 @@ def measure(
     else:
         if not style or not lora:
             raise UserError("measure style: give --lora FILE and --style DATA too")
-        styled, names = read_pictures(style, size)
+        styled, names = read_images(style, size)
         if names != captions:
             raise UserError(f"{style}: its captions are not those of {data}, in the same order")
         found = measure_style(base, lora, reals, styled, captions, size, steps, guidance, seed)
@@ -56,10 +56,10 @@ def measure(
     return found
 
 
-def read_pictures(data: str, size: int) -> tuple[Tensor, list[str]]:
-    """All pictures of a source, (N, 3, size, size) in [-1, 1], and their captions."""
+def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
+    """All images of a source, (N, 3, size, size) in [-1, 1], and their captions."""
     source = read_source(data)
-    pixels = [to_tensor(square(open_picture(one.data), size)) for one in source]
+    pixels = [to_tensor(square(open_image(one.data), size)) for one in source]
     return normalise(torch.stack(pixels)), [one.caption or "" for one in source]
 
 
@@ -68,13 +68,13 @@ def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
     """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
     values = []
     for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
-        x = family.start(family.encode_pictures(part), None)
+        x = family.start(family.encode_images(part), None)
         values.append(psnr(family.decode(x), part))
-    return {"psnr_db": round(float(torch.cat(values).mean()), 2), "pictures": len(reals)}
+    return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
 
 def draw_all(family: Family, captions: Sequence[str], size: int, steps: int, guidance: float, seed: int) -> Tensor:
-    """A picture for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
+    """An image for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
     made = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
@@ -93,7 +93,7 @@ def measure_nearest(
     guidance: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The nearest-picture rates over samples of captions chosen at random."""
+    """The nearest-image rates over samples of captions chosen at random."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
     made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance, seed)
@@ -119,22 +119,22 @@ def measure_style(
 
 
 def style_numbers(before: Tensor, after: Tensor, reals: Tensor, styled: Tensor) -> dict[str, Any]:
-    """The style's measure and the nearest-picture rates of one picture for each caption, before and after."""
+    """The style's measure and the nearest-image rates of one image for each caption, before and after."""
     base, reached = float(colourfulness(before).mean()), float(colourfulness(after).mean())
     goal, right = float(colourfulness(styled).mean()), torch.arange(len(styled))
     return {
         "colourfulness": {
-            "base_pictures": round(float(colourfulness(reals).mean()), 4),
-            "style_pictures": round(goal, 4),
+            "base_images": round(float(colourfulness(reals).mean()), 4),
+            "style_images": round(goal, 4),
             "before": round(base, 4),
             "after": round(reached, 4),
             "share_of_the_way": round(share_of_the_way(base, reached, goal), 4),
         },
         **{
             f"nearest_of_20_by_{by.__name__}": {
-                "before_among_base_pictures": round(nearest_rate(before, reals, right, by), 4),
-                "after_among_base_pictures": round(nearest_rate(after, reals, right, by), 4),
-                "after_among_style_pictures": round(nearest_rate(after, styled, right, by), 4),
+                "before_among_base_images": round(nearest_rate(before, reals, right, by), 4),
+                "after_among_base_images": round(nearest_rate(after, reals, right, by), 4),
+                "after_among_style_images": round(nearest_rate(after, styled, right, by), 4),
             }
             for by in BY
         },

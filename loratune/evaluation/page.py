@@ -10,7 +10,7 @@ from html import escape
 
 from PIL import Image
 
-MOST_BYTES = 4_000_000  # of all pictures together, as they are written into the page
+MOST_BYTES = 4_000_000  # of all images together, as they are written into the page
 WIDEST = 1400  # pixels
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfbfa;--card:#fff;--ink:#1d2430;--soft:#667085;--rule:#e4e7ec;--mark:#b54708;
@@ -68,16 +68,16 @@ class Card:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture with its title.
+    """An image with its title.
 
     Args:
         title: of it.
-        picture: reduced where it is large.
+        image: reduced where it is large.
         note: what it shows.
     """
 
     title: str
-    picture: Image.Image
+    image: Image.Image
     note: str = ""
 
 
@@ -93,9 +93,9 @@ class Page:
         cards: charts.
         head: names of the table's columns.
         rows: of the table.
-        shown: pictures.
+        shown: images.
         recipe: as YAML.
-        most_bytes: of all pictures together.
+        most_bytes: of all images together.
     """
 
     title: str
@@ -128,7 +128,7 @@ def render(page: Page) -> str:
         parts.append(f"<h2>Numbers</h2>{_table(page.head, page.rows)}")
     if page.shown:
         share = page.most_bytes // len(page.shown)
-        parts.append("<h2>Pictures</h2>" + "".join(_figure(one, share) for one in page.shown))
+        parts.append("<h2>Images</h2>" + "".join(_figure(one, share) for one in page.shown))
     if page.recipe:
         parts.append("<h2>Recipe</h2><details><summary>All settings, as they were resolved</summary>")
         parts.append(f"<pre>{escape(page.recipe)}</pre></details>")
@@ -155,27 +155,27 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _figure(shown: Shown, most: int) -> str:
     note = f"<figcaption>{escape(shown.note)}</figcaption>" if shown.note else ""
-    image = f'<img alt="{escape(shown.title)}" src="{data_uri(shown.picture, most)}">'
+    image = f'<img alt="{escape(shown.title)}" src="{data_uri(shown.image, most)}">'
     return f"<figure><h3>{escape(shown.title)}</h3>{note}{image}</figure>"
 
 
-def data_uri(picture: Image.Image, most: int) -> str:
-    """A picture inside an address, of at most about `most` bytes: PNG, or JPEG, and then smaller, where it is large."""
-    picture = picture.convert("RGB")
-    if picture.width > WIDEST:
-        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
-    made, kind = _bytes(picture, "PNG"), "png"
+def data_uri(image: Image.Image, most: int) -> str:
+    """An image inside an address, of at most about `most` bytes: PNG, or JPEG, and then smaller, where it is large."""
+    image = image.convert("RGB")
+    if image.width > WIDEST:
+        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+    made, kind = _bytes(image, "PNG"), "png"
     while len(made) * 4 > most * 3:
         if kind == "jpeg":
-            half = (max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4))
-            if half == picture.size:
+            half = (max(1, image.width * 3 // 4), max(1, image.height * 3 // 4))
+            if half == image.size:
                 break
-            picture = picture.resize(half, Image.Resampling.LANCZOS)
-        made, kind = _bytes(picture, "JPEG"), "jpeg"
+            image = image.resize(half, Image.Resampling.LANCZOS)
+        made, kind = _bytes(image, "JPEG"), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(made).decode()}"
 
 
-def _bytes(picture: Image.Image, kind: str) -> bytes:
+def _bytes(image: Image.Image, kind: str) -> bytes:
     held = io.BytesIO()
-    picture.save(held, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    image.save(held, kind, **({"quality": 88} if kind == "JPEG" else {}))
     return held.getvalue()

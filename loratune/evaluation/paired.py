@@ -1,4 +1,4 @@
-"""The base and the adapted network on the same pictures, steps and noise: a difference without the noise of draws."""
+"""The base and the adapted network on the same images, steps and noise: a difference without the noise of draws."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
 from loratune.training.randomness import generator
 
-DRAW_STEPS, GUIDANCE = 10, 4.0  # of the pictures of neutral prompts
+DRAW_STEPS, GUIDANCE = 10, 4.0  # of the images of neutral prompts
 
 
 class Chunk(NamedTuple):
-    """Pictures of one shape, with the number of each among the pictures of its set.
+    """Images of one shape, with the number of each among the images of its set.
 
     Args:
         numbers: b of them.
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a network made of a set of n pictures at k steps.
+    """What a network made of a set of n images at k steps.
 
     Args:
         losses: mean squared error of each, (n, k) in float64 on the CPU.
@@ -56,11 +56,11 @@ class Outputs(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """How much larger the adapted network's loss is than the base's, over pictures.
+    """How much larger the adapted network's loss is than the base's, over images.
 
     Args:
         mean: of the differences; below 0 the adapted network is better.
-        error: standard error of the mean; nan for one picture.
+        error: standard error of the mean; nan for one image.
         adapted: mean loss of the adapted network.
         base: mean loss of the base.
     """
@@ -72,9 +72,9 @@ class Gap(NamedTuple):
 
 
 def gap(adapted: Tensor, base: Tensor) -> Gap:
-    """The mean over pictures of the differences between paired losses (n, k), and its standard error s / sqrt(n).
+    """The mean over images of the differences between paired losses (n, k), and its standard error s / sqrt(n).
 
-    The k losses of a picture are averaged first: they are not independent of one another.
+    The k losses of an image are averaged first: they are not independent of one another.
     """
     difference = (adapted - base).mean(1)
     error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
@@ -98,12 +98,12 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]:
-    """Some of a data set's pictures, always the same, in chunks of at most `size` pictures of one shape.
+    """Some of a data set's images, always the same, in chunks of at most `size` images of one shape.
 
     Args:
         family: the base; of what its VAE made the mean is taken.
         rows: samples by their index.
-        most: how many pictures.
+        most: how many images.
         size: of a chunk.
     """
     shapes: dict[tuple[int, ...], list[tuple[int, dict[str, Any]]]] = {}
@@ -120,17 +120,17 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
 
 
 def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch as the network's family starts from it; pictures that are in no cache are encoded here."""
+    """A batch as the network's family starts from it; images that are in no cache are encoded here."""
     if family.batch_kind != "latents" or "mean" in batch:
         return batch
     with torch.no_grad():
-        made = family.encode_pictures(normalise(batch["pixels"]).to(family.device))
+        made = family.encode_images(normalise(batch["pixels"]).to(family.device))
     kept = {name: value for name, value in batch.items() if name != "pixels"}
     return kept | {name: value.cpu() for name, value in made.items()}
 
 
 def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
-    """Pictures that the base itself draws for prompts, as chunks; the adapter has to be off."""
+    """Images that the base itself draws for prompts, as chunks; the adapter has to be off."""
     family, chunks = module.family, []
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
@@ -147,9 +147,9 @@ def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, see
 def outputs(
     module: DiffusionModule, chunks: Sequence[Chunk], name: str, count: int, seed: int, keep: bool = False
 ) -> Outputs:
-    """What the network, as it stands, makes of pictures at `count` fixed steps and fixed noise.
+    """What the network, as it stands, makes of images at `count` fixed steps and fixed noise.
 
-    The noise follows from the set's name, the picture's number, the step's and the seed: no generator is moved.
+    The noise follows from the set's name, the image's number, the step's and the seed: no generator is moved.
     """
     family, device = module.family, module.device
     losses = torch.zeros(sum(len(chunk.numbers) for chunk in chunks), count, dtype=torch.float64)
@@ -284,9 +284,9 @@ class Evaluation:
 
     Args:
         step: of the run.
-        gaps: of each set of pictures.
+        gaps: of each set of images.
         drift: nan where there are no prompts.
-        levels: the held-out pictures' mean gap at each step of the process at which they were compared.
+        levels: the held-out images' mean gap at each step of the process at which they were compared.
     """
 
     step: int

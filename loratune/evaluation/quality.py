@@ -13,7 +13,7 @@ CELLS, DIRECTIONS = 8, 8
 
 
 def colourfulness(pixels: Tensor) -> Tensor:
-    """Mean of max(R, G, B) - min(R, G, B) over a picture: 0 for black, white and grey, 1 for pure colours.
+    """Mean of max(R, G, B) - min(R, G, B) over an image: 0 for black, white and grey, 1 for pure colours.
 
     (The chroma of the HSV and HSL hexcone. Not HSV's saturation, which divides by the brightness and so
     makes much of the tint of a black line.) Pixels in [-1, 1], (B, 3, H, W) -> (B,).
@@ -31,8 +31,8 @@ def shapes(pixels: Tensor) -> Tensor:
     """Where which edges are, whatever their colour: histograms of oriented gradients, for `nearest_rate`.
 
     (Dalal & Triggs 2005: unsigned directions in 8 bins, shared between neighbours, over 8 x 8 cells; here the
-    root of each histogram, and one norm for the picture.) Two pictures of the same thing in different drawing
-    styles are near by this, and far by colours. (B, 3, H, W) -> (B, 512), of length 1, or 0 for an even picture.
+    root of each histogram, and one norm for the image.) Two images of the same thing in different drawing
+    styles are near by this, and far by colours. (B, 3, H, W) -> (B, 512), of length 1, or 0 for an even image.
     """
     grey = F.pad(pixels.float().clamp(-1, 1).mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2
@@ -54,24 +54,24 @@ def nearest_rate(
     candidates: int = 20,
     seed: int = 0,
 ) -> float:
-    """How often a sample's nearest real picture, among some drawn at random, is the right one.
+    """How often a sample's nearest real image, among some drawn at random, is the right one.
 
-    For each sample, its right picture and `candidates` - 1 others are compared with it by the squared
+    For each sample, its right image and `candidates` - 1 others are compared with it by the squared
     distance of what `by` makes of them. Chance is 1 / candidates.
 
     Args:
         samples: (N, 3, H, W) in [-1, 1].
         reals: (M, 3, H, W) in [-1, 1], M >= candidates.
-        right: (N,), the index in `reals` of each sample's right picture.
+        right: (N,), the index in `reals` of each sample's right image.
         by: shapes or colours.
-        candidates: pictures compared with each sample.
+        candidates: images compared with each sample.
         seed: of the draw of the others.
 
     Raises:
-        ValueError: there are fewer real pictures than candidates.
+        ValueError: there are fewer real images than candidates.
     """
     if len(reals) < candidates:
-        raise ValueError(f"{len(reals)} real pictures are fewer than {candidates} candidates")
+        raise ValueError(f"{len(reals)} real images are fewer than {candidates} candidates")
     random = torch.Generator().manual_seed(seed)
     made, real = by(samples).cpu(), by(reals).cpu()
     hits = 0

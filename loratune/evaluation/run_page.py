@@ -21,7 +21,7 @@ from loratune.runs.log_history import FILE, Curves, curves, notes, read
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
-SETS = {"held_out": "held-out pictures", "training": "training pictures", "neutral": "neutral prompts"}
+SETS = {"held_out": "held-out images", "training": "training images", "neutral": "neutral prompts"}
 MOST_GRIDS = 4
 NOISY = 12  # points, from which on a line is smoothed
 
@@ -42,7 +42,7 @@ def _told(trainer: L.Trainer) -> list[tuple[str, str]]:
     data: Any = getattr(trainer, "datamodule", None)
     trained = sum(one.numel() for one in module.parameters() if one.requires_grad)
     found = [("base", Path(str(getattr(module, "base_name", ""))).name), ("trained parameters", f"{trained:,}")]
-    for name, rows in (("training pictures", "training"), ("held out", "held_out")):
+    for name, rows in (("training images", "training"), ("held out", "held_out")):
         if (held := getattr(data, rows, None)) is not None:
             found.append((name, f"{len(held):,}"))
     return [(name, value) for name, value in found if value]
@@ -67,7 +67,7 @@ def page_of(folder: Path, step: int, steps: int, told: Sequence[tuple[str, str]]
         facts=[*told, *_facts(lines)],
         warnings=[f"Step {at}: {text}" for at, text in notes(records)],
         cards=_cards(lines),
-        head=("fixed pictures", "loss, base", "loss, adapted", "gap", "standard error", "smallest gap"),
+        head=("fixed images", "loss, base", "loss, adapted", "gap", "standard error", "smallest gap"),
         rows=_rows(lines),
         shown=_shown(folder / FOLDER, step),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
@@ -113,18 +113,18 @@ def _cards(lines: Curves) -> list[Card]:
     gaps = _gaps(lines)
     picked(r".*/gap")
     cards = [
-        Card("Loss", chart(losses), "Of the training batches, smoothed, and of all held-out pictures."),
+        Card("Loss", chart(losses), "Of the training batches, smoothed, and of all held-out images."),
         Card(
             "Gap: loss with the LoRA less loss of the base",
             chart(gaps, zero=True),
-            "Same pictures, t and noise through both. Below 0 the LoRA is better; bands are one standard error.",
+            "Same images, t and noise through both. Below 0 the LoRA is better; bands are one standard error.",
         ),
         Card(
             "Drift",
             chart(drift, zero=True),
             "Relative squared difference of the output from the base's, on neutral prompts at fixed noise.",
         ),
-        Card("Training loss by range of t", chart(ranges, log=True), "Small t is nearly the picture, large t noise."),
+        Card("Training loss by range of t", chart(ranges, log=True), "Small t is nearly the image, large t noise."),
         Card("Held-out gap by t", chart(levels, zero=True)),
         Card("Norm of B A by block", bars(norms), "Frobenius' norm, scaled as it is added to the weights."),
         Card("Learning rate", chart(rates)),
@@ -183,6 +183,6 @@ def _shown(folder: Path, step: int) -> list[Shown]:
     shown = []
     for title, path, told in made:
         if path.is_file():
-            with Image.open(path) as picture:
-                shown.append(Shown(title, picture.convert("RGB"), told))
+            with Image.open(path) as image:
+                shown.append(Shown(title, image.convert("RGB"), told))
     return shown

@@ -17,7 +17,7 @@ from loratune.evaluation.grids import captioned, grid
 from loratune.evaluation.paired import check_weights, evaluating, weighted
 from loratune.families.family import Family
 from loratune.families.sampling import draw
-from loratune.formats.images import to_picture
+from loratune.formats.images import to_image
 from loratune.training.sharding import draws
 
 
@@ -25,13 +25,13 @@ class SampleGrid(L.Callback):
     """Draw the same prompts from the same noise every so often, step 0 included, into TensorBoard.
 
     Args:
-        prompts: what is drawn; none draws captions of held-out pictures (or of training pictures).
+        prompts: what is drawn; none draws captions of held-out images (or of training images).
         every_n_steps: steps between grids; 0 draws none.
         seed: of the first prompt; the next ones count from it.
         steps: of the sampler.
         guidance: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
-        weights: of the LoRA, a row of pictures for each; 0 is the base, 1 the LoRA as trained.
+        weights: of the LoRA, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
-        pictures = [[to_picture(one) for one in row] for row in rows]
+        images = [[to_image(one) for one in row] for row in rows]
         if len(rows) == 1:
-            sheet = captioned(pictures[0], prompts, cell=cell)
+            sheet = captioned(images[0], prompts, cell=cell)
         else:
-            sheet = grid(pictures, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
+            sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and step == 0:

@@ -1,4 +1,4 @@
-"""The process in pictures: x_t on the way to noise, the estimates of x_0 on the way back, and words on a picture."""
+"""The process in images: x_t on the way to noise, the estimates of x_0 on the way back, and words on an image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loratune.evaluation.grids import grid
 FIGURES = {
     "forward": (
         "Forward process",
-        "x_t of a held-out picture (of a training picture where none is held out) and one noise, decoded.",
+        "x_t of a held-out image (of a training image where none is held out) and one noise, decoded.",
     ),
     "reverse": (
         "Reverse process",
-        "What the network takes for the finished picture, x_0, after so many of the sampler's steps; last the picture.",
+        "What the network takes for the finished image, x_0, after so many of the sampler's steps; last the image.",
     ),
     "words": (
         "Where each word is seen",
@@ -40,7 +40,7 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def forward_states(x_0: Tensor, noise: Tensor, coefficients: Coefficients, steps: Sequence[int]) -> Tensor:
-    """x_t of one picture and one noise at several steps (Ho 2020, eq. 4).
+    """x_t of one image and one noise at several steps (Ho 2020, eq. 4).
 
     Args:
         x_0: (...), as `noise`.
@@ -56,21 +56,21 @@ def forward_states(x_0: Tensor, noise: Tensor, coefficients: Coefficients, steps
     return diffuse(held, noise.expand_as(held), a, b)
 
 
-def strip(pictures: Sequence[Image.Image], names: Sequence[str], cell: int = 128) -> Image.Image:
-    """Pictures in a row, each below its name."""
-    return grid([pictures], names, cell=cell)
+def strip(images: Sequence[Image.Image], names: Sequence[str], cell: int = 128) -> Image.Image:
+    """Images in a row, each below its name."""
+    return grid([images], names, cell=cell)
 
 
-def heat(picture: Image.Image, share: Tensor) -> Image.Image:
-    """A picture, dark where a map is low and bright where it is high.
+def heat(image: Image.Image, share: Tensor) -> Image.Image:
+    """An image, dark where a map is low and bright where it is high.
 
     Args:
-        picture: of any size.
-        share: (h, w); it is enlarged to the picture, its largest value is full light and its smallest the darkest.
+        image: of any size.
+        share: (h, w); it is enlarged to the image, its largest value is full light and its smallest the darkest.
     """
-    size = (picture.height, picture.width)
+    size = (image.height, image.width)
     large = F.interpolate(share[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
     apart = float(large.max() - large.min())
     light = 0.15 + 0.85 * ((large - large.min()) / apart if apart > 1e-6 else torch.ones_like(large))
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) * light[..., None].cpu().numpy()
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) * light[..., None].cpu().numpy()
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

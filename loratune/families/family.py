@@ -1,4 +1,4 @@
-"""What every model family answers: how pictures and text become what the network takes."""
+"""What every model family answers: how images and text become what the network takes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Family(nn.Module, ABC):
         if metadata.get(ZERO_SNR_KEY) == "true":
             self.end_in_noise()
 
-    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels in [-1, 1] (B, 3, H, W) as what is cached: the VAE's mean and log-variance."""
         raise TypeError(f"{type(self).__name__} works on pixels and has no VAE")
 
@@ -87,7 +87,7 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def start_shape(self, size: int) -> tuple[int, ...]:
-        """Shape of one x_0 for a picture of size x size pixels."""
+        """Shape of one x_0 for an image of size x size pixels."""
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Condition:

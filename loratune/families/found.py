@@ -129,7 +129,7 @@ def pipeline_name(configs: Configs) -> str:
 
 
 def is_inpainting(configs: Configs) -> bool:
-    """Whether the U-Net takes a mask and a masked picture beside x_t (9 channels)."""
+    """Whether the U-Net takes a mask and a masked image beside x_t (9 channels)."""
     return bool(configs["unet"].get("in_channels") == 9)
 
 

@@ -17,7 +17,7 @@ class PixelDDPM(Family):
     """A U-Net on pixels, without text.
 
     Args:
-        size: side of a picture in pixels.
+        size: side of an image in pixels.
         channels: width at each resolution; each one after the first halves the side.
         layers: residual blocks at each resolution.
         attention_from: resolutions with self-attention, counted from this one on (0 is the finest).

@@ -46,12 +46,12 @@ def draw(
     sampler: str = "ddim",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw a picture for each prompt from the noise of its own seed: `draw_start`, decoded.
+    """Draw an image for each prompt from the noise of its own seed: `draw_start`, decoded.
 
     Args:
         family: the model.
         prompts: what to draw, B of them.
-        seeds: one for each prompt; the same seed and prompt give the same picture in any batch.
+        seeds: one for each prompt; the same seed and prompt give the same image in any batch.
         size: side in pixels.
         steps: of the sampler.
         guidance: scale of classifier-free guidance (Ho & Salimans 2022); 1 is none.
@@ -62,7 +62,7 @@ def draw(
         Pixels in [-1, 1], (B, 3, size, size).
     """
     x_0 = draw_start(family, prompts, seeds, size, steps, guidance, sampler, on_step)
-    # One at a time: a decoder takes gigabytes for a picture of 1024 pixels.
+    # One at a time: a decoder takes gigabytes for an image of 1024 pixels.
     return torch.cat([family.decode(one[None]) for one in x_0]).clamp(-1, 1)
 
 
@@ -93,7 +93,7 @@ def draw_start(
     """
     scheduler = make_sampler(sampler, family.scheduler_config)
     scheduler.set_timesteps(steps, device=family.device)
-    # On the CPU, so that a seed means the same picture on every device.
+    # On the CPU, so that a seed means the same image on every device.
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = family.start_shape(size)
     x = torch.stack([torch.randn(shape, generator=one) for one in random]).to(family.device)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def check_side(side: int, factor: int) -> None:
-    """Raise UserError for a picture's side, in pixels, that a VAE cannot halve often enough."""
+    """Raise UserError for an image's side, in pixels, that a VAE cannot halve often enough."""
     if side % factor:
         raise UserError(f"size {side}: the VAE needs a multiple of {factor}")
 
@@ -39,7 +39,7 @@ class StableDiffusion(Family):
 
     Args:
         unet: the network.
-        vae: pictures to latents and back.
+        vae: images to latents and back.
         text_encoder: captions to vectors.
         tokenizer: captions to tokens.
         scheduler_config: of a diffusers scheduler; its betas and prediction type are the model's.
@@ -83,7 +83,7 @@ class StableDiffusion(Family):
     def components(self) -> dict[str, nn.Module]:
         return {"unet": self.network, "text_encoder": self.text_encoder, "vae": self.vae}
 
-    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding and the picture's size (Podell 2023)."""
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding and the image's size (Podell 2023)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StableDiffusionXL(StableDiffusion):
 
     A condition is `text` (B, 77 N, d1 + d2), the penultimate hidden states of both encoders side by side for N
     windows, and `pooled` (B, p), the projected last state of the second for the first window. `sizes` (B, 6) may be
-    added in training: a picture's own height and width, top and left of its crop, and the height and width it was
+    added in training: an image's own height and width, top and left of its crop, and the height and width it was
     brought to (Podell 2023, sec. 2.2); without them they are those of x_t.
 
     Args:
         unet: the network; its `addition_embed_type` is `text_time`.
-        vae: pictures to latents and back; it is used in float32, as its activations overflow in float16.
+        vae: images to latents and back; it is used in float32, as its activations overflow in float16.
         text_encoder: captions to vectors of width d1.
         text_encoder_2: captions to vectors of width d2, and to one of width p.
         tokenizer: captions to tokens for text_encoder.
@@ -89,9 +89,9 @@ class StableDiffusionXL(StableDiffusion):
         return super().told(x_t, condition) | {"added_cond_kwargs": added}
 
     # Autocast would run the float32 VAE in float16 all the same, and its activations pass 65504 there.
-    def encode_pictures(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(pixels.device.type, enabled=False):
-            return super().encode_pictures(pixels)
+            return super().encode_images(pixels)
 
     def decode(self, x_0: Tensor) -> Tensor:
         with torch.autocast(x_0.device.type, enabled=False):

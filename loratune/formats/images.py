@@ -1,4 +1,4 @@
-"""Pictures as people have them, turned into square tensors."""
+"""Images as people have them, turned into square tensors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MOST_PIXELS = 178_956_970
-"""A picture that claims more is not decoded: small files can claim to be hundreds of gigabytes."""
+"""An image that claims more is not decoded: small files can claim to be hundreds of gigabytes."""
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Decode a picture to upright RGB; transparency is laid on white, and of an animation the first frame is taken.
+def open_image(data: bytes) -> Image.Image:
+    """Decode an image to upright RGB; transparency is laid on white, and of an animation the first frame is taken.
 
     Args:
         data: a file's content, of any kind that Pillow reads: greys of 16 bits are scaled, palettes looked up, and
             inks (CMYK) turned into light, as Adobe's programs write them (inverted) or not.
 
     Raises:
-        OSError: the bytes are no picture, a damaged one, or one of more than MOST_PIXELS; the message is one line.
+        OSError: the bytes are no image, a damaged one, or one of more than MOST_PIXELS; the message is one line.
     """
     try:
         with warnings.catch_warnings():
@@ -31,7 +31,7 @@ def open_picture(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise OSError(f"it claims to have more than {MOST_PIXELS} pixels; make it smaller") from None
     except UnidentifiedImageError:
-        raise OSError("its content is no picture of a known kind") from None
+        raise OSError("its content is no image of a known kind") from None
     except MemoryError:
         raise OSError("it does not fit into memory") from None
     except OSError as error:
@@ -49,47 +49,47 @@ def _decode(data: bytes) -> Image.Image:
     if opened.width * opened.height > MOST_PIXELS:
         raise Image.DecompressionBombError
     opened.load()
-    picture: Image.Image = ImageOps.exif_transpose(opened)
+    image: Image.Image = ImageOps.exif_transpose(opened)
     if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
-        picture = ImageChops.invert(picture)  # Pillow takes every JPEG's inks for Adobe's, which are inverted
-    return _on_white(_eight_bits(picture)).convert("RGB")
+        image = ImageChops.invert(image)  # Pillow takes every JPEG's inks for Adobe's, which are inverted
+    return _on_white(_eight_bits(image)).convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """Greys of more bits scaled to 8, where Pillow would clip them; colours of 16 bits are 8 already."""
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, tuple) and max(clear) > 255:
-        picture.info["transparency"] = tuple(value >> 8 for value in clear)
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture
-    values = np.asarray(picture, dtype=np.float64)
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
     grey = Image.fromarray((values / 257).round().clip(0, 255).astype("uint8"))
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype("uint8")))
     return grey
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in picture.info:
-        return picture
-    picture = picture.convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, "white")
-    canvas.alpha_composite(picture)
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
     return canvas
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
-    """The middle square of a picture, at size x size pixels (Lanczos)."""
-    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image, at size x size pixels (Lanczos)."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8, shape (3, H, W)."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8, shape (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
-    """Pixels in [-1, 1], shape (3, H, W), as an RGB picture; what lies outside is clipped."""
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels in [-1, 1], shape (3, H, W), as an RGB image; what lies outside is clipped."""
     grey = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(grey.permute(1, 2, 0).numpy())
 

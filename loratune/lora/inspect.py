@@ -31,7 +31,7 @@ TRAINING = {
     "trained by": ("ss_network_module",),
     "steps": ("ss_steps", "ss_max_train_steps"),
     "epochs": ("ss_epoch", "ss_num_epochs"),
-    "pictures": ("ss_num_train_images",),
+    "images": ("ss_num_train_images",),
     "resolution": ("ss_resolution",),
     "learning rate": ("ss_learning_rate",),
     "of the U-Net": ("ss_unet_lr",),

@@ -226,7 +226,7 @@ def standard_metadata(
         module: that makes the layers, as sd-scripts calls it (networks.lora, lycoris.kohya).
         arguments: of the module, as sd-scripts' network_args.
         date: of creation, in ISO 8601.
-        resolution: side of the training's pictures, in pixels.
+        resolution: side of the training's images, in pixels.
         prediction: epsilon or v.
         tags: as `tag_frequency` gives it.
 

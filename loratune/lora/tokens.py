@@ -30,7 +30,7 @@ SPECIAL = set("()[]:,\\|")
 
 @dataclass(frozen=True)
 class NewToken:
-    """A word that the base does not have, learned from pictures whose captions have it.
+    """A word that the base does not have, learned from images whose captions have it.
 
     Args:
         token: the word, such as "<sks>", without spaces.

@@ -72,12 +72,12 @@ def firsts(batches: Callable[[], Any]) -> list[Any]:
     """The first batch of each shape of an epoch, twice: the first step of a shape is slower than the rest."""
     found: dict[str, Any] = {}
     for batch in batches():
-        found.setdefault(shape_text(batch).partition("x")[2], batch)  # an epoch's last batch may have fewer pictures
+        found.setdefault(shape_text(batch).partition("x")[2], batch)  # an epoch's last batch may have fewer images
     return [batch for batch in found.values() for _ in range(2)]
 
 
 def true_steps(recipe: Path, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Take true steps in each bucket; pictures are encoded into the cache, all else is left as it was."""
+    """Take true steps in each bucket; images are encoded into the cache, all else is left as it was."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--trainer.default_root_dir", folder, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]
         quiet += ["--trainer.limit_val_batches", "0", "--trainer.accumulate_grad_batches", "1"]

@@ -172,11 +172,11 @@ def weight_bytes(module: nn.Module, trained: bool, precision: str = "32-true") -
 def step(
     family: Family, count: int, shape: Sequence[int], told: Callable[[], dict[str, Any]], rules: Rules, backward: bool
 ) -> Step:
-    """What a forward pass for `count` pictures keeps and takes, and with `backward` the backward pass too.
+    """What a forward pass for `count` images keeps and takes, and with `backward` the backward pass too.
 
     Args:
         family: imagined.
-        count: pictures in the batch.
+        count: images in the batch.
         shape: of one x_0.
         told: makes the batch's condition.
         rules: of the device and the precision.

@@ -1,4 +1,4 @@
-"""What a recipe will need, said before it starts: parameters, memory by part, steps, pictures, time."""
+"""What a recipe will need, said before it starts: parameters, memory by part, steps, images, time."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Plan:
         precision: as Lightning's trainer calls it.
         trained: parameters that the optimizer moves.
         frozen: parameters that it does not.
-        pictures: in the sources, those held out among them.
-        batch: pictures in a step, on all devices and over accumulated batches.
+        images: in the sources, those held out among them.
+        batch: images in a step, on all devices and over accumulated batches.
         steps: of the optimizer.
         sizes: (height, width) in pixels of each bucket.
         memory: by part, at the peak of a training step.
-        encoding: peak while pictures are encoded.
+        encoding: peak while images are encoded.
         drawing: peak while samples are drawn; 0 where none are.
         cache: on disk.
         flops: of one step.
@@ -68,7 +68,7 @@ class Plan:
     precision: str
     trained: int
     frozen: int
-    pictures: int
+    images: int
     batch: int
     steps: int
     sizes: tuple[tuple[int, int], ...]
@@ -162,42 +162,42 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     } | ({"device": CONTEXT} if gpu else {"process": PROCESS + round(HEAP * (once.activations + once.transient))})
     # Forward, the gradients of what each layer reads, those of its weights where all are trained, and forward again.
     passes = 2 + (weights["unet"] == 0) + module.memory.checkpointing
-    pictures = len(data.collection)
+    images = len(data.collection)
     batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    steps = _steps(trainer, pictures_of_an_epoch(data), batch)
+    steps = _steps(trainer, images_of_an_epoch(data), batch)
     return Plan(
         recipe=str(recipe),
         device="gpu" if gpu else "cpu",
         precision=precision,
         trained=counts[True],
         frozen=counts[False],
-        pictures=pictures,
+        images=images,
         batch=batch,
         steps=steps,
         sizes=tuple(sizes),
         memory=memory,
         encoding=sum(weights.values()) + own + encoding + (CONTEXT if gpu else 0),
         drawing=drawing + sum(memory[part] for part in memory if part in HELD) if drawing else 0,
-        cache=pictures * _cached(shape, condition, data.batch_size) if module.batch_kind == "latents" else 0,
+        cache=images * _cached(shape, condition, data.batch_size) if module.batch_kind == "latents" else 0,
         flops=once.flops * passes * trainer.accumulate_grad_batches,
         seconds=steps / rate if rate else None,
     )
 
 
 def sizes_of(data: Any) -> list[tuple[int, int]]:
-    """(height, width) of the buckets of a recipe's pictures; of many pictures a thousand are looked at."""
+    """(height, width) of the buckets of a recipe's images; of many images a thousand are looked at."""
     if data.buckets is None:
         return [(data.size, data.size)]
     held, found = data.collection, set()
     for number in range(0, len(held), max(1, len(held) // LOOKED_AT)):
         source, row = held.at(number)
-        with suppress(OSError):  # an unreadable picture is told of when the run begins
+        with suppress(OSError):  # an unreadable image is told of when the run begins
             found.add(held.entry(source, row, held.sources[source][row]).bucket[::-1])
     return sorted(found)
 
 
-def pictures_of_an_epoch(data: Any) -> int:
-    """About how many pictures come in an epoch: how many are held out is known when each is read."""
+def images_of_an_epoch(data: Any) -> int:
+    """About how many images come in an epoch: how many are held out is known when each is read."""
     share = {"training": (100 - data.validation_percent) / 100, "regularisation": 1.0, "validation": 0.0}
     pairs = zip(data.collection.sources, data.sources, strict=True)
     counts = [round(len(source) * share[told.role]) for source, told in pairs]
@@ -205,12 +205,12 @@ def pictures_of_an_epoch(data: Any) -> int:
 
 
 def shape_of(family: Any, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of one x_0 for pictures of (height, width)."""
+    """Shape of one x_0 for images of (height, width)."""
     return (*family.start_shape(size[0])[:-1], family.start_shape(size[1])[-1])
 
 
 def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gpu: bool) -> int:
-    """Bytes at the peak of encoding one picture."""
+    """Bytes at the peak of encoding one image."""
     if module.batch_kind != "latents":
         return 0
     pixels = torch.empty(1, 3, *size, device="meta")
@@ -241,13 +241,13 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
 
 
 def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
-    """Bytes that a picture and its caption take in the cache."""
+    """Bytes that an image and its caption take in the cache."""
     latents = 2 * 4 * shape[-3] * shape[-2] * shape[-1]
     return latents + sum(value.numel() * value.element_size() for value in condition.values()) // count
 
 
-def _steps(trainer: L.Trainer, pictures: int, batch: int) -> int:
-    epoch = max(1, -(-pictures // batch))
+def _steps(trainer: L.Trainer, images: int, batch: int) -> int:
+    epoch = max(1, -(-images // batch))
     told = [trainer.max_steps] if trainer.max_steps >= 0 else []
     told += [epoch * trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
     return min(told, default=0)
@@ -323,8 +323,8 @@ def lines_of(plan: Plan) -> list[str]:
     return [
         f"{plan.recipe} on a {plan.device}:",
         f"  parameters   {plan.trained:,} trained, {plan.frozen:,} frozen",
-        f"  pictures     {plan.pictures:,} of {sizes}; {plan.batch} a step",
-        f"  steps        {plan.steps:,}, which see {plan.steps * plan.batch:,} pictures",
+        f"  images     {plan.images:,} of {sizes}; {plan.batch} a step",
+        f"  steps        {plan.steps:,}, which see {plan.steps * plan.batch:,} images",
         f"  training     {size_text(plan.training)}: {parts}",
         f"  encoding     {size_text(plan.encoding)}" if plan.cache else "  encoding     nothing is encoded before",
         f"  drawing      {size_text(plan.drawing)}" if plan.drawing else "  drawing      nothing is drawn",

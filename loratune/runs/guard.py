@@ -22,7 +22,7 @@ class Guard(L.Callback):
     """Skip steps whose loss or gradients hold NaN or Inf, count them, and stop where there is no end to them.
 
     A skipped step leaves weights, the optimizer's state and the loss scale as they were; it counts as a step of the
-    run, so that the order of pictures and the schedule stay what they are.
+    run, so that the order of images and the schedule stay what they are.
 
     Args:
         most_skipped: stop the run after so many skipped steps in a row; 0 never stops it.
@@ -97,7 +97,7 @@ class Guard(L.Callback):
             self.skipped += bool(bad)
             if bad:
                 told = f"step {step + 1}: NaN or Inf in the loss or the gradients"
-                log.warning("%s; the step was skipped (pictures: %s)", told, listed(names))
+                log.warning("%s; the step was skipped (images: %s)", told, listed(names))
             if self.most_skipped and self.in_a_row >= self.most_skipped:
                 self._waiting.clear()
                 raise UserError(self._too_many(trainer, step, names))
@@ -108,8 +108,8 @@ class Guard(L.Callback):
         told = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
         return (
             f"step {step + 1}: NaN or Inf in the loss or the gradients for {self.in_a_row} steps in a row "
-            f"(guard.most_skipped), lastly with the pictures {listed(names)}; {told}; "
-            "lower the learning rate, or look at these pictures"
+            f"(guard.most_skipped), lastly with the images {listed(names)}; {told}; "
+            "lower the learning rate, or look at these images"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,14 +57,14 @@ def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
 
 
 def check_data(chosen: Any) -> None:
-    """See that a recipe's pictures can be trained on, as far as names, captions and headers tell; no weight is read.
+    """See that a recipe's images can be trained on, as far as names, captions and headers tell; no weight is read.
 
     Args:
         chosen: the parsed recipe.
 
     Raises:
         UserError: a source is empty, captions are missing, a mask is of another size, or the base's VAE cannot take
-            the pictures' size.
+            the images' size.
     """
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(CaptionedImages, "data")
@@ -92,7 +92,7 @@ def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
 
 
 def refuse_faults(data: CaptionedImages, model: Any) -> None:
-    """Raise UserError for the first thing in a recipe's pictures that cannot be meant, each of which is looked at."""
+    """Raise UserError for the first thing in a recipe's images that cannot be meant, each of which is looked at."""
     prompts, token = model.get("prompts"), model.get("tokens")
     prompts = Prompts(**prompts.as_dict()) if prompts else Prompts()
     count = counter(prompts, NewToken(**token.as_dict()) if token else None)
@@ -106,7 +106,7 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
 
 
 class Sides:
-    """What a base's configurations say of the pictures' sides.
+    """What a base's configurations say of the images' sides.
 
     Args:
         configs: by component.

@@ -107,14 +107,14 @@ def check_recipe(path: Path, recipe: str, allow: Collection[str]) -> None:
 
 
 def manifest(data: Any) -> str:
-    """How many pictures a data module trains on and holds out, and a hash of all it knows of each."""
+    """How many images a data module trains on and holds out, and a hash of all it knows of each."""
     counts, digest = [], hashlib.sha256()
     for rows in (getattr(data, "training", None), getattr(data, "held_out", None)):
         entries: Any = getattr(rows, "entries", None) or ()
         counts.append(len(entries))
         for line in _lines(entries):
             digest.update(line.encode() + b"\n")
-    return f"{counts[0]} pictures and {counts[1]} held out ({digest.hexdigest()[:16]})"
+    return f"{counts[0]} images and {counts[1]} held out ({digest.hexdigest()[:16]})"
 
 
 def _lines(entries: Any) -> Iterator[str]:

@@ -41,7 +41,7 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class AutoencoderModule(L.LightningModule):
-    """Train a KL autoencoder on pictures.
+    """Train a KL autoencoder on images.
 
     Args:
         channels: width at each resolution; each one after the first halves the side.

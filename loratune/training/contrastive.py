@@ -1,4 +1,4 @@
-"""The text encoder trained on its own: captions and pictures brought together (Radford 2021, CLIP)."""
+"""The text encoder trained on its own: captions and images brought together (Radford 2021, CLIP)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from loratune.formats.images import normalise
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 
-def contrastive_loss(pictures: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy over cosine similarities: each picture picks its text, each text its picture.
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy over cosine similarities: each image picks its text, each text its image.
 
     (Radford 2021, figure 3.) Unit vectors (B, D) each, and the inverse temperature. Returns a scalar.
     """
-    logits = scale * pictures @ texts.T
+    logits = scale * images @ texts.T
     right = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
 class ContrastiveModule(L.LightningModule):
-    """Train a CLIP text encoder beside a small image tower on captioned pictures.
+    """Train a CLIP text encoder beside a small image tower on captioned images.
 
     Args:
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         patch: side of the image tower's patches in pixels.
         width: of both towers.
         layers: depth of both towers.
@@ -61,21 +61,21 @@ class ContrastiveModule(L.LightningModule):
         self.clip: Any = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=width))
 
     def similarity(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of a batch's pictures and captions, (B, width) each."""
+        """Unit vectors of a batch's images and captions, (B, width) each."""
         tokens = self.tokenizer(batch["caption"], padding="max_length", truncation=True, return_tensors="pt")
         output = self.clip(input_ids=tokens.input_ids.to(self.device), pixel_values=normalise(batch["pixels"]))
         return output.image_embeds.float(), output.text_embeds.float()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        pictures, texts = self.similarity(batch)
-        loss = contrastive_loss(pictures, texts, self.clip.logit_scale.exp().clamp(max=100))
+        images, texts = self.similarity(batch)
+        loss = contrastive_loss(images, texts, self.clip.logit_scale.exp().clamp(max=100))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(texts))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        pictures, texts = self.similarity(batch)
-        right = (pictures @ texts.T).argmax(0) == torch.arange(len(texts), device=self.device)
-        self.log("val/right_picture_in_batch", right.float().mean(), prog_bar=True, batch_size=len(texts))
+        images, texts = self.similarity(batch)
+        right = (images @ texts.T).argmax(0) == torch.arange(len(texts), device=self.device)
+        self.log("val/right_image_in_batch", right.float().mean(), prog_bar=True, batch_size=len(texts))
 
     def text_encoder(self) -> CLIPTextModel:
         """The text tower alone, as Stable Diffusion takes it."""

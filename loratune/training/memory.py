@@ -28,7 +28,7 @@ class Memory:
         attention: sdpa, torch's fused kernel; or plain, the products written out, which on a CPU is faster for short
             sequences (the embedded base: a fifth off each step) and keeps L S numbers for each head.
         channels_last: hold convolutions, the adapters' too, with the channels last, which is faster on most devices.
-        compile: train through torch.compile; the first step of each picture size takes minutes.
+        compile: train through torch.compile; the first step of each image size takes minutes.
         release: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
     """
 
@@ -113,8 +113,8 @@ class Memory:
 def compile_steps(network: Any) -> None:
     """Let training steps go through torch.compile, each shape of batch by a program of its own.
 
-    What comes without gradients (validation, drawings, comparisons) and a batch of fewer pictures than the largest
-    before it (the rest of a size) is computed as it is: a program made for any number of pictures would be slower
+    What comes without gradients (validation, drawings, comparisons) and a batch of fewer images than the largest
+    before it (the rest of a size) is computed as it is: a program made for any number of images would be slower
     for all, and one for each number would take longer to make than it saves.
 
     Args:

@@ -24,7 +24,7 @@ class Monitor(L.Callback):
         trained, total = sum(n for n, moves in counts if moves), sum(n for n, _ in counts)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         print(
-            f"training {trained:,} of {total:,} parameters on {len(data.training):,} pictures "
+            f"training {trained:,} of {total:,} parameters on {len(data.training):,} images "
             f"({len(data.held_out):,} held out), {trainer.max_steps:,} steps, into {trainer.default_root_dir}"
         )
 

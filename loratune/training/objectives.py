@@ -69,7 +69,7 @@ class Objective:
     Args:
         min_snr_gamma: clip of the SNR weight (Hang 2023 uses 5); none weighs every step alike.
         debiased: weigh by the root of the SNR (Yu 2024); not with min_snr_gamma.
-        huber: the least c of a pseudo-Huber error in place of the squared one, in (0, 1), usually 0.1: pictures
+        huber: the least c of a pseudo-Huber error in place of the squared one, in (0, 1), usually 0.1: images
             that do not belong count less.
         huber_schedule: how c grows as noise falls (Khrapov 2024); constant keeps it.
         offset_noise: how far each channel's mean noise wanders, usually 0.05 to 0.1 (Guttenberg 2023).

@@ -76,7 +76,7 @@ def restore(held: dict[str, Any]) -> None:
 class Share:
     """Which rows of the batch of all processes this process has.
 
-    Random numbers are drawn for the whole batch and cut, so that they follow from a picture's place in it and not from
+    Random numbers are drawn for the whole batch and cut, so that they follow from an image's place in it and not from
     the number of processes.
 
     Args:

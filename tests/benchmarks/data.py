@@ -1,9 +1,9 @@
-"""How fast pictures are encoded, and in how much memory: python tests/benchmarks/data.py [--counts 500 5000]
+"""How fast images are encoded, and in how much memory: python tests/benchmarks/data.py [--counts 500 5000]
 
 For each count a folder of JPEGs and PNGs of 96 to 256 pixels is made, and encoded by the embedded base's VAE at 64
-pixels as `loratune cache` does it, in a process of its own; then once more with all of it cached. Prints pictures per
+pixels as `loratune cache` does it, in a process of its own; then once more with all of it cached. Prints images per
 second, the seconds of reading and decoding, of the VAE and of writing, which add up to nearly all, and the peak of
-resident memory above that of the same process with 10 pictures, where libraries and weights alone are held.
+resident memory above that of the same process with 10 images, where libraries and weights alone are held.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPE = """\
 trainer: {{accelerator: cpu, default_root_dir: {folder}/run}}
 model: {{base: "builtin:emoji-64"}}
-data: {{path: {pictures}, size: 64, cache: {cache}, validation_percent: 0, workers: {workers}}}
+data: {{path: {images}, size: 64, cache: {cache}, validation_percent: 0, workers: {workers}}}
 """
 
 
 def make(folder: Path, count: int) -> None:
-    """Captioned pictures of many sizes; every third is a PNG."""
+    """Captioned images of many sizes; every third is a PNG."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(count):
         width, height = (int(side) for side in random.integers(96, 257, 2))
         values = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:05d}.{'png' if number % 3 == 0 else 'jpg'}")
+        image = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:05d}.{'png' if number % 3 == 0 else 'jpg'}")
         (folder / f"{number:05d}.txt").write_text(f"thing {number}")
 
 
@@ -63,7 +63,7 @@ def child(recipe: Path) -> None:
         setattr(owner, name, counted)
 
     timed(Looks, "__getitem__", "decode")
-    timed(Encoder, "_encode_picture", "vae")
+    timed(Encoder, "_encode_image", "vae")
     timed(Cache, "put", "write")
     from loratune.data.module import CaptionedImages
 
@@ -73,10 +73,10 @@ def child(recipe: Path) -> None:
     print(json.dumps(spent | {"peak": peak, "status": status}))
 
 
-def measured(folder: Path, pictures: Path, cache: Path, workers: int) -> dict[str, float]:
+def measured(folder: Path, images: Path, cache: Path, workers: int) -> dict[str, float]:
     """What one process took."""
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(folder=folder, pictures=pictures, cache=cache, workers=workers))
+    recipe.write_text(RECIPE.format(folder=folder, images=images, cache=cache, workers=workers))
     done = subprocess.run(
         [sys.executable, __file__, "--child", str(recipe)], capture_output=True, text=True, check=True
     )
@@ -98,7 +98,7 @@ def main() -> None:
         folder = Path(name)
         make(folder / "few", 10)
         idle = measured(folder, folder / "few", folder / "cache-few", asked.workers)["peak"]
-        print("| pictures |        | pictures/s |    all | decode |   VAE | write | peak above 10 pictures |")
+        print("| images |        | images/s |    all | decode |   VAE | write | peak above 10 images |")
         print("|----------|--------|------------|--------|--------|-------|-------|------------------------|")
         for count in asked.counts:
             make(folder / str(count), count)

@@ -86,12 +86,12 @@ class Trials:
     Args:
         folder: for what they write.
         base: a diffusers folder.
-        pictures: captioned, 16 pixels a side.
+        images: captioned, 16 pixels a side.
         steps: of a run.
     """
 
-    def __init__(self, folder: Path, base: Path, pictures: Path, steps: int = 10) -> None:
-        self.folder, self.base, self.pictures, self.steps = folder, base, pictures, steps
+    def __init__(self, folder: Path, base: Path, images: Path, steps: int = 10) -> None:
+        self.folder, self.base, self.images, self.steps = folder, base, images, steps
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["loratune.recipe.parse", "loratune.cli.main"])
         process = self.context.Process(target=exec, args=("import loratune.recipe.parse", {}))
@@ -105,7 +105,7 @@ class Trials:
         """The command of a run, whose recipe is written."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        told = {"out": folder / "run", "cache": folder / "cache", "base": self.base, "data": self.pictures}
+        told = {"out": folder / "run", "cache": folder / "cache", "base": self.base, "data": self.images}
         (folder / "recipe.yaml").write_text(RECIPE.format(steps=self.steps, **told))
         return ["fit", "-c", str(folder / "recipe.yaml"), "--ckpt_path", "last"]
 
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument(
         "--base", type=Path, default=ROOT / "loratune" / "assets" / "emoji-64", help="a diffusers folder"
     )
-    parser.add_argument("--data", type=Path, default=ROOT / "datasets" / "ink-heldout", help="captioned pictures")
+    parser.add_argument("--data", type=Path, default=ROOT / "datasets" / "ink-heldout", help="captioned images")
     chosen = parser.parse_args()
     draw, wrong = random.Random(chosen.seed), 0
     folder = Path(tempfile.mkdtemp())

@@ -1,7 +1,7 @@
 """LoRA beside full fine-tuning, on the embedded base: python tests/benchmarks/lora_vs_full.py [--steps 60]
 
 LoRA on cross-attention (the default), LoRA on all layers (the quickstart) and all of the U-Net train on the same
-pictures for the same number of steps, each in a process of its own. Prints trainable parameters, peak
+images for the same number of steps, each in a process of its own. Prints trainable parameters, peak
 memory, size of the written file, and steps per second.
 """
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/steps.py [--steps 12] [--compile] [--only cpu|gpu]
 
-On the CPU: the embedded base, batch 16 of 64-pixel pictures, LoRA of rank 16 on all layers. On a GPU: SD 1.5 at 512 and
+On the CPU: the embedded base, batch 16 of 64-pixel images, LoRA of rank 16 on all layers. On a GPU: SD 1.5 at 512 and
 SDXL at 1024 with random weights. Every row is a process of its own; the first 3 steps are not counted. On the CPU the
 rows take turns of a few steps, so that what else the machine does falls on all of them.
 """
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 BATCH, WARM, TURN = 16, 3, 4
 MARK = "@row"
-FLOOR = {"sd15": 1.67, "sdxl": 14.0}  # TFLOP a picture, forward and backward with LoRA on cross-attention
+FLOOR = {"sd15": 1.67, "sdxl": 14.0}  # TFLOP an image, forward and backward with LoRA on cross-attention
 SIZES = {"sd15": 512, "sdxl": 1024}
 
 
 def cpu_rows(compile: bool) -> dict[str, dict[str, Any]]:
     """What is measured on the embedded base."""
     rows: dict[str, dict[str, Any]] = {
-        "plain loop, pictures and captions encoded each step, bf16": {"loop": "encode"},
+        "plain loop, images and captions encoded each step, bf16": {"loop": "encode"},
         "plain loop, cached latents, bf16": {"loop": "cached"},
         "loratune, float32": {"words": ["--trainer.precision", "32-true"]},
         "loratune, bf16, channels first": {"words": ["--model.memory.channels_last", "false"]},
@@ -128,12 +128,12 @@ def plain(encode: bool, steps: int) -> float:
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=layers))
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    pictures, captions = torch.rand(BATCH, 3, 64, 64) * 2 - 1, ["a red apple"] * BATCH
+    images, captions = torch.rand(BATCH, 3, 64, 64) * 2 - 1, ["a red apple"] * BATCH
 
     @torch.no_grad()
     def encoded() -> tuple[torch.Tensor, torch.Tensor]:
         ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        return vae.encode(pictures).latent_dist.sample() * vae.config.scaling_factor, text(ids)[0]
+        return vae.encode(images).latent_dist.sample() * vae.config.scaling_factor, text(ids)[0]
 
     held = encoded()
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from loratune.families import architectures as known
 from loratune.families.architectures import architectures, detect
 from loratune.families.load import read_folder, read_single_file
-from loratune.formats import architectures as known
 from loratune.formats.files import read_tensors
 from loratune.formats.headers import Header
 
@@ -34,7 +34,7 @@ def full_size() -> Any:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_the_header_is_a_real_ones(name: str, full_size: Any) -> None:
-    raw = json.loads(gzip.decompress((HERE.parent / "formats" / "data" / f"{name}.json.gz").read_bytes()))
+    raw = json.loads(gzip.decompress((HERE.parent / "headers" / f"{name}.json.gz").read_bytes()))
     raw.pop("__metadata__", None)
     assert {key: [info.dtype, *info.shape] for key, info in full_size.file_infos(name, "F16")} == raw
 

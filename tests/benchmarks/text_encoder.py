@@ -5,7 +5,7 @@ contrastive  trained beforehand with a small image tower (pretrain/text-encoder.
 both         trained beforehand, then together with the U-Net
 
 The VAE is the embedded base's. Prints the time taken, the mean training loss of the last tenth of the
-steps, and how often the nearest of 20 real pictures to a sample is the right one, by shape and by colour.
+steps, and how often the nearest of 20 real images to a sample is the right one, by shape and by colour.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ def files(folder: Path) -> set[Path]:
 
 
 def test_data_tells_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "pictures" / "01.png").write_bytes((tmp_path / "pictures" / "00.png").read_bytes())
+    (tmp_path / "images" / "01.png").write_bytes((tmp_path / "images" / "00.png").read_bytes())
     before = files(tmp_path)
     assert main(["data", str(recipe)]) == 1
     said = capsys.readouterr().out
-    assert "(training): 12 pictures, " in said
-    assert "To mend: pictures that are there twice." in said
+    assert "(training): 12 images, " in said
+    assert "To mend: images that are there twice." in said
     assert files(tmp_path) == before
     assert main(["data", str(recipe), "--json", str(tmp_path / "a.json"), "--data.validation_percent=0"]) == 1
     told = json.loads((tmp_path / "a.json").read_text())
@@ -36,27 +36,27 @@ def test_data_tells_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pyt
     assert "did you mean 'data.size'" in capsys.readouterr().err
 
 
-def test_data_has_nothing_to_mend(recipe: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+def test_data_has_nothing_to_mend(recipe: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (images / "metadata.jsonl").read_text().splitlines()
     for number in range(12):
         if number not in (0, 1):
-            (pictures / f"{number:02d}.png").unlink()
-    (pictures / "metadata.jsonl").write_text("\n".join(lines[:2]))
+            (images / f"{number:02d}.png").unlink()
+    (images / "metadata.jsonl").write_text("\n".join(lines[:2]))
     assert main(["data", str(recipe)]) == 0
     assert capsys.readouterr().out.endswith("Nothing to mend.\n")
 
 
 FAULTS = {
-    "unreadable": "1 pictures that cannot be read: ",
+    "unreadable": "1 images that cannot be read: ",
     "cut": "1 captions of more than 75 tokens, of which the rest is not read: 03.png (",
-    "no_caption": "1 pictures without a caption: ",
+    "no_caption": "1 images without a caption: ",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_strict_run_stops_before_weights_are_read(
     recipe: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -67,11 +67,11 @@ def test_a_strict_run_stops_before_weights_are_read(
     loaded: list[str] = []
     monkeypatch.setattr(diffusion_module, "load_family", lambda *_: loaded.append("weights") or 1 / 0)
     if fault == "unreadable":
-        (pictures / "03.png").write_bytes(b"nothing")
+        (images / "03.png").write_bytes(b"nothing")
     else:
-        text = (pictures / "metadata.jsonl").read_text()
+        text = (images / "metadata.jsonl").read_text()
         told = "word " * 90 if fault == "cut" else ""
-        (pictures / "metadata.jsonl").write_text(text.replace("a black disc 3", told))
+        (images / "metadata.jsonl").write_text(text.replace("a black disc 3", told))
     assert main(["fit", "-c", str(recipe), "--data.strict", "true"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"data.strict: {FAULTS[fault]}" in said
@@ -100,7 +100,7 @@ def test_a_killed_cache_goes_on_where_it_was(recipe: Path, tmp_path: Path, capsy
     process.send_signal(signal.SIGKILL)
     process.wait()
     there = len(list(held.rglob("*.safetensors")))
-    assert 9 <= there < 24  # twelve pictures and twelve captions
+    assert 9 <= there < 24  # twelve images and twelve captions
     before = files(tmp_path)
     assert main(["cache", str(recipe)]) == 0
     said = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_killed_cache_goes_on_where_it_was(recipe: Path, tmp_path: Path, capsy
     assert len(list(held.rglob("*.safetensors"))) == 24
     assert all(path.is_relative_to(held) for path in files(tmp_path) - before)
     assert main(["cache", str(recipe), "--data.workers", "2"]) == 0
-    assert "12 pictures: 0 encoded now, 12 were there, 0 unreadable" in capsys.readouterr().out
+    assert "12 images: 0 encoded now, 12 were there, 0 unreadable" in capsys.readouterr().out
 
 
 def test_what_is_never_cached_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

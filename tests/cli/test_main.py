@@ -140,7 +140,7 @@ def test_sample_draws_prompts_and_a_grid(tiny_base: Path, tmp_path: Path) -> Non
     assert Image.open(tmp_path / "out" / "000-one-0.png").size == (16, 16)
 
 
-def test_the_same_seed_gives_the_same_picture_whatever_else_is_drawn(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_image_whatever_else_is_drawn(tiny_base: Path, tmp_path: Path) -> None:
     words = ["sample", "--base", str(tiny_base), "--steps", "3", "--seed", "5"]
     assert main([*words, "--prompt", "a red disc", "--out", str(tmp_path / "alone")]) == 0
     assert main([*words, "--prompt", "other", "--prompt", "a red disc", "--out", str(tmp_path / "both")]) == 0

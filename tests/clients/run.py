@@ -2,7 +2,7 @@
 
 stable-diffusion.cpp loads a full-size checkpoint with random weights and a kohya LoRA written here, says how
 many of its tensors it applied, and draws 64 x 64 pixels; then it draws from the checkpoint that `loratune merge`
-made of both. The two pictures must be alike, and both unlike the base's own. Needs `pip install
+made of both. The two images must be alike, and both unlike the base's own. Needs `pip install
 stable-diffusion-cpp-python` (it builds from source), 20 GB of disk for sdxl (6 for sd15), and as much memory
 as the checkpoint.
 """
@@ -29,7 +29,7 @@ from full_size import make_checkpoint
 
 ATTENTION = re.compile(r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)")
 APPLIED = re.compile(r"\((\d+) / (\d+)\) LoRA tensors have been applied")
-ALIKE = 0.1  # mean difference of the two pictures as a share of their difference from the base's
+ALIKE = 0.1  # mean difference of the two images as a share of their difference from the base's
 
 
 def make_lora(name: str, path: Path, rank: int = 16, size: float = 0.05) -> None:
@@ -65,7 +65,7 @@ def draw_here(model: str, prompt: str, out: str, folder: str) -> None:
 
 
 def difference(a: Path, b: Path) -> float:
-    """Mean absolute difference of two pictures, in 255ths."""
+    """Mean absolute difference of two images, in 255ths."""
     one, two = (np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) for path in (a, b))
     return float(np.abs(one - two).mean())
 
@@ -77,15 +77,15 @@ def prove(name: str, folder: Path) -> bool:
     make_lora(name, lora)
     given = ["--base", str(base), "--lora", str(lora), "--out", str(merged)]
     subprocess.run([sys.executable, "-m", "loratune", "merge", *given], check=True)
-    pictures = {kind: folder / f"{name}-{kind}.png" for kind in ("base", "with-lora", "merged")}
-    draw(base, "a red apple", pictures["base"], folder)
-    said = draw(base, f"a red apple<lora:{lora.stem}:1>", pictures["with-lora"], folder)
-    draw(merged, "a red apple", pictures["merged"], folder)
+    images = {kind: folder / f"{name}-{kind}.png" for kind in ("base", "with-lora", "merged")}
+    draw(base, "a red apple", images["base"], folder)
+    said = draw(base, f"a red apple<lora:{lora.stem}:1>", images["with-lora"], folder)
+    draw(merged, "a red apple", images["merged"], folder)
     for path in (base, merged):
         path.unlink()
     found = APPLIED.search(said)
-    near = difference(pictures["with-lora"], pictures["merged"])
-    far = difference(pictures["with-lora"], pictures["base"])
+    near = difference(images["with-lora"], images["merged"])
+    far = difference(images["with-lora"], images["base"])
     print(f"{name}: {found.group(0) if found else 'no word of the LoRA was said'}")
     print(f"{name}: mean difference in 255ths: LoRA against merged {near:.3f}, LoRA against base {far:.3f}", flush=True)
     return bool(found and found.group(1) == found.group(2) and near <= ALIKE * far)

@@ -1,4 +1,4 @@
-"""Each fault of a recipe's pictures is found, by name; and where there is none, nothing is told."""
+"""Each fault of a recipe's images is found, by name; and where there is none, nothing is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loratune.data.audit import Audit, audit
 from loratune.data.buckets import Buckets
 from loratune.data.module import CaptionedImages
 from loratune.data.order import BatchOrder
-from loratune.data.settings import Pictures
+from loratune.data.settings import Images
 
 
 def noise(seed: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -32,7 +32,7 @@ def put(folder: Path, name: str, seed: int, caption: str | None = "red, round", 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Eight pictures without a fault."""
+    """Eight images without a fault."""
     for seed in range(8):
         put(tmp_path / "p", f"{seed}.png", seed)
     return tmp_path / "p"
@@ -60,7 +60,7 @@ def test_where_nothing_is_wrong_only_counts_are_told(look: Callable[..., Audit],
     found = look()
     assert found.findings == ()
     (one,) = found.sources
-    assert (one.path, one.role, one.pictures, one.held_out, one.drawn) == (str(folder), "training", 8, 0, 8)
+    assert (one.path, one.role, one.images, one.held_out, one.drawn) == (str(folder), "training", 8, 0, 8)
     assert found.batches == 3
     assert found.buckets == {(16, 16): 8}
     assert found.tags == {"red": 8, "round": 8}
@@ -71,12 +71,12 @@ def test_counts_are_of_what_the_recipe_says(look: Callable[..., Audit], folder: 
         put(tmp_path / "class", f"{seed}.png", seed, "a dog", width=40, height=20)
     put(tmp_path / "held", "1.png", 50)
     sources = [
-        Pictures(str(folder), repeats=2, prefix="sks, "),
-        Pictures(str(tmp_path / "class"), role="regularisation"),
-        Pictures(str(tmp_path / "held"), role="validation"),
+        Images(str(folder), repeats=2, prefix="sks, "),
+        Images(str(tmp_path / "class"), role="regularisation"),
+        Images(str(tmp_path / "held"), role="validation"),
     ]
     found = look(sources=sources, buckets=Buckets(step=8, smallest=8, largest=32))
-    assert [(one.role, one.pictures, one.held_out, one.drawn) for one in found.sources] == [
+    assert [(one.role, one.images, one.held_out, one.drawn) for one in found.sources] == [
         ("training", 8, 0, 16),
         ("regularisation", 6, 0, 16),
         ("validation", 1, 1, 0),
@@ -87,12 +87,12 @@ def test_counts_are_of_what_the_recipe_says(look: Callable[..., Audit], folder: 
     assert not found.findings
 
 
-def test_unreadable_pictures(look: Callable[..., Audit], folder: Path) -> None:
+def test_unreadable_images(look: Callable[..., Audit], folder: Path) -> None:
     (folder / "2.png").write_bytes(b"nothing")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
     found = look()
     assert [name.split(" (")[0] for name in names(found, "unreadable")] == ["2.png", "3.png"]
-    assert found.sources[0].pictures == 6
+    assert found.sources[0].images == 6
     assert kinds(found)[0] == "unreadable"
     assert found.serious
 
@@ -116,7 +116,7 @@ def test_names_and_files_that_do_not_belong(look: Callable[..., Audit], folder: 
     (folder / "new.heic").write_bytes(b"?")
     found = look()
     assert names(found, "ending") == ["2.jpg (is PNG)"]
-    assert names(found, "no_picture") == ["lost.txt"]
+    assert names(found, "no_image") == ["lost.txt"]
     assert names(found, "unread_kind") == ["new.heic"]
     assert not found.serious
 
@@ -130,7 +130,7 @@ def test_doubles_and_leaks(look: Callable[..., Audit], folder: Path, tmp_path: P
     noise(5, 24, 24).save(tmp_path / "held" / "near-leak.png")
     for name in (folder / "near.txt", tmp_path / "held" / "near-leak.txt"):
         name.write_text("red")
-    found = look(sources=[Pictures(str(folder)), Pictures(str(tmp_path / "held"), role="validation")])
+    found = look(sources=[Images(str(folder)), Images(str(tmp_path / "held"), role="validation")])
 
     def ends(kind: str) -> list[list[str]]:
         told = [name for one in found.findings if one.kind == kind for name in one.names]
@@ -143,7 +143,7 @@ def test_doubles_and_leaks(look: Callable[..., Audit], folder: Path, tmp_path: P
     assert [one.kind for one in found.serious] == ["leak"]
 
 
-def test_small_pictures(look: Callable[..., Audit], folder: Path) -> None:
+def test_small_images(look: Callable[..., Audit], folder: Path) -> None:
     put(folder, "half.png", 60, width=10, height=16)
     put(folder, "tiny.png", 61, width=20, height=6)
     found = look()
@@ -155,13 +155,13 @@ def test_masks_that_are_missing_or_do_not_fit(look: Callable[..., Audit], folder
     (tmp_path / "m").mkdir()
     for number in range(7):
         Image.new("L", (32, 32 if number else 30)).save(tmp_path / "m" / f"{number}.png")
-    found = look(sources=[Pictures(str(folder), masks=tmp_path / "m")])
+    found = look(sources=[Images(str(folder), masks=tmp_path / "m")])
     assert names(found, "no_mask") == ["7.png"]
     (told,) = [name for one in found.findings if one.kind == "mask_wrong" for name in one.names]
     assert "0.png differ in size (32 x 30 and 32 x 32 pixels)" in told
 
 
-def test_a_picture_that_never_comes_is_found(look: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_never_comes_is_found(look: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = BatchOrder.__iter__
     monkeypatch.setattr(
         BatchOrder, "__iter__", lambda self: ([d for d in batch if d.sample != 4] for batch in whole(self))

@@ -58,15 +58,15 @@ def test_how_often_is_mirrored_and_from_where_is_cut() -> None:
 
 
 def test_the_cut_is_where_the_view_says() -> None:
-    picture = ramp(48, 16)
-    left, middle, right = (np.asarray(cut(picture, (16, 16), View(x))) for x in (0.0, 0.5, 1.0))
+    image = ramp(48, 16)
+    left, middle, right = (np.asarray(cut(image, (16, 16), View(x))) for x in (0.0, 0.5, 1.0))
     assert [int(part[0, 0, 0]) for part in (left, middle, right)] == [0, 16, 32]
-    assert (np.asarray(cut(picture, (16, 16), View(1.0, flip=True))) == right[:, ::-1]).all()
+    assert (np.asarray(cut(image, (16, 16), View(1.0, flip=True))) == right[:, ::-1]).all()
 
 
 @settings(deadline=None)
 @given(shapes, st.tuples(st.integers(8, 64), st.integers(8, 64)), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
-def test_the_corner_is_that_of_the_cut_in_the_scaled_picture(
+def test_the_corner_is_that_of_the_cut_in_the_scaled_image(
     size: tuple[int, int], bucket: tuple[int, int], place: float, flip: bool
 ) -> None:
     view = View(place, place, flip)
@@ -77,7 +77,7 @@ def test_the_corner_is_that_of_the_cut_in_the_scaled_picture(
     scaled = ramp(*size).resize((round(width), round(height)), Image.Resampling.BILINEAR)
     whole = np.asarray(scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else scaled).astype(int)
     seen = np.asarray(cut(ramp(*size), bucket, view, Image.Resampling.BILINEAR)).astype(int)
-    steps = max(size[0] / width, size[1] / height)  # a pixel of the scaled picture is so many of the picture's
+    steps = max(size[0] / width, size[1] / height)  # a pixel of the scaled image is so many of the image's
     middle = whole[top + bucket[1] // 2, left + bucket[0] // 2, :2]
     assert np.abs(seen[bucket[1] // 2, bucket[0] // 2, :2] - middle).max() <= 2 * steps + 2 or size[0] > 255
 
@@ -100,7 +100,7 @@ def test_colours_change_by_as_much_as_is_said() -> None:
     assert Augment(flip=0.5).colour(red, random) is red
 
 
-def test_the_size_of_a_picture_is_the_one_it_is_looked_at_in() -> None:
+def test_the_size_of_a_image_is_the_one_it_is_looked_at_in() -> None:
     def saved(turn: int | None) -> bytes:
         stream, exif = io.BytesIO(), Image.Exif()
         if turn:
@@ -109,8 +109,8 @@ def test_the_size_of_a_picture_is_the_one_it_is_looked_at_in() -> None:
         return stream.getvalue()
 
     assert [upright_size(saved(turn)) for turn in (None, 1, 3, 6, 8)] == [(6, 4), (6, 4), (6, 4), (4, 6), (4, 6)]
-    with pytest.raises(OSError, match="no picture of a known kind"):
-        upright_size(b"no picture")
+    with pytest.raises(OSError, match="no image of a known kind"):
+        upright_size(b"no image")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Buckets: their sizes, who goes where, and that no picture is lost."""
+"""Buckets: their sizes, who goes where, and that no image is lost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_nearest_shape_is_taken(given_: tuple[Buckets, int], width: int, hei
         assert found[1] <= max(height, buckets.step)
 
 
-def test_a_small_picture_is_not_enlarged_unless_allowed() -> None:
+def test_a_small_image_is_not_enlarged_unless_allowed() -> None:
     sizes = Buckets(64, 256, 1024).sizes(512 * 512)
     assert Buckets(64, 256, 1024).fit((300, 200), sizes) == Buckets(64, 256, 1024).fit((3000, 2000), sizes)
     assert Buckets(64, 256, 1024, upscale=False).fit((300, 200), sizes) == (256, 192)
@@ -74,7 +74,7 @@ def test_a_small_picture_is_not_enlarged_unless_allowed() -> None:
 
 @QUICK
 @given(st.lists(st.sampled_from([(64, 64), (128, 32), (32, 128)]), max_size=60), st.integers(1, 9), st.integers(0, 99))
-def test_every_picture_once_in_batches_of_one_size(sizes: list[tuple[int, int]], count: int, seed: int) -> None:
+def test_every_image_once_in_batches_of_one_size(sizes: list[tuple[int, int]], count: int, seed: int) -> None:
     made = batches(sizes, count, torch.Generator().manual_seed(seed))
     assert sorted(index for batch in made for index in batch) == list(range(len(sizes)))
     assert all(len({sizes[index] for index in batch}) == 1 and len(batch) <= count for batch in made)

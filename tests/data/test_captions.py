@@ -1,4 +1,4 @@
-"""What is told of a picture in a step: chosen, shuffled and dropped as the recipe says."""
+"""What is told of an image in a step: chosen, shuffled and dropped as the recipe says."""
 
 from __future__ import annotations
 

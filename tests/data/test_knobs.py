@@ -19,7 +19,7 @@ from loratune.data.augment import Augment
 from loratune.data.buckets import Buckets
 from loratune.data.captions import Captions
 from loratune.data.module import CaptionedImages
-from loratune.data.settings import Pictures
+from loratune.data.settings import Images
 from loratune.errors import UserError
 from loratune.formats.images import normalise, to_tensor
 from loratune.lora.inject import LoRA
@@ -28,7 +28,7 @@ from loratune.training.lora_module import LoRAModule
 SIZE = 16
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def image(width: int, height: int, seed: int) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height))
 
@@ -36,7 +36,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 def fill(folder: Path, sizes: list[tuple[int, int]], caption: str = "thing {}", seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, (width, height) in enumerate(sizes):
-        picture(width, height, seed + number).save(folder / f"{number:02d}.png")
+        image(width, height, seed + number).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(caption.format(number))
     return folder
 
@@ -90,7 +90,7 @@ def rows(batches: list[dict[str, Any]], key: str) -> list[tuple[str, Any]]:
 # Buckets.
 
 
-def test_pictures_keep_about_their_shape_in_batches_of_one_size(
+def test_images_keep_about_their_shape_in_batches_of_one_size(
     make: Callable[..., CaptionedImages], tmp_path: Path
 ) -> None:
     sizes = [(32, 32)] * 3 + [(40, 20)] * 5 + [(20, 40)] * 2
@@ -135,9 +135,9 @@ def test_sources_have_their_own_repeats_prefixes_and_roles(
     fill(tmp_path / "people", [(16, 16)] * 30, "someone {}", 50)
     fill(tmp_path / "check", [(16, 16)] * 2, "standing {}", 100)
     sources = [
-        Pictures(str(tmp_path / "her"), prefix="sks woman, ", repeats=4),
-        Pictures(str(tmp_path / "people"), role="regularisation", prefix="a woman, ", loss_weight=0.5),
-        Pictures(str(tmp_path / "check"), role="validation", prefix="sks woman, "),
+        Images(str(tmp_path / "her"), prefix="sks woman, ", repeats=4),
+        Images(str(tmp_path / "people"), role="regularisation", prefix="a woman, ", loss_weight=0.5),
+        Images(str(tmp_path / "check"), role="validation", prefix="sks woman, "),
     ]
     data = make(sources=sources, validation_percent=50)
     own = [caption for _, caption in rows(epochs(data, 1), "caption") if caption.startswith("sks")]
@@ -149,8 +149,8 @@ def test_sources_have_their_own_repeats_prefixes_and_roles(
     assert {weight for caption, weight in kept if caption.startswith("sks")} == {1.0}
     assert {weight for caption, weight in kept if caption.startswith("a woman, someone")} == {0.5}
     assert sum(weight == 0.5 for _, weight in kept) == len(own)  # as many as there are others
-    class_pictures = {caption for _, caption in rows(epochs(data, 12), "caption") if caption.startswith("a woman")}
-    assert len(class_pictures) == 30  # none of them is held out, and each comes in time
+    class_images = {caption for _, caption in rows(epochs(data, 12), "caption") if caption.startswith("a woman")}
+    assert len(class_images) == 30  # none of them is held out, and each comes in time
     assert {entry.source for entry in data.held_out.entries} <= {0, 2}  # type: ignore[union-attr]
     standing = [entry.caption for entry in data.held_out.entries if entry.source == 2]  # type: ignore[union-attr]
     assert standing == ["sks woman, standing 0", "sks woman, standing 1"]
@@ -165,10 +165,10 @@ def test_weights_share_the_epoch_and_zero_leaves_a_source_out(
 ) -> None:
     fill(tmp_path / "few", [(16, 16)] * 2, "few {}", 1)
     fill(tmp_path / "many", [(16, 16)] * 12, "many {}", 20)
-    sources = [Pictures(str(tmp_path / "few"), weight=0.5), Pictures(str(tmp_path / "many"), weight=1.0)]
+    sources = [Images(str(tmp_path / "few"), weight=0.5), Images(str(tmp_path / "many"), weight=1.0)]
     counted = Counter(text.split()[0] for _, text in rows(epochs(make(sources=sources), 1), "caption"))
     assert counted == {"few": 6, "many": 12}
-    gone = Pictures(str(tmp_path / "nowhere"), weight=0.0)
+    gone = Images(str(tmp_path / "nowhere"), weight=0.0)
     assert len(make(sources=[*sources, gone]).sources) == 2
 
 
@@ -181,7 +181,7 @@ def test_a_loss_weight_weighs_the_loss(
     monkeypatch.setattr(module, "_generator", lambda *_: torch.Generator().manual_seed(4))
     losses = []
     for weight in (1.0, 0.25):
-        data = make(sources=[Pictures(str(tmp_path / "a"), loss_weight=weight)])
+        data = make(sources=[Images(str(tmp_path / "a"), loss_weight=weight)])
         losses.append(float(module.training_step(next(iter(data.train_dataloader())), 0)))
     assert losses[1] == pytest.approx(losses[0] / 4, rel=1e-6)
 
@@ -191,10 +191,10 @@ def test_an_empty_source_is_named(make: Callable[..., CaptionedImages], tmp_path
     fill(tmp_path / "a", [(16, 16)] * 4)
     (tmp_path / "b").mkdir()
     if kind == "gone":
-        (tmp_path / "b" / "1.png").write_bytes(b"no picture")
+        (tmp_path / "b" / "1.png").write_bytes(b"no image")
         (tmp_path / "b" / "1.txt").write_text("a")
-    with pytest.raises(UserError, match=r"/b: (no pictures in this folder|no picture is left)"):
-        make(sources=[Pictures(str(tmp_path / "a")), Pictures(str(tmp_path / "b"))])
+    with pytest.raises(UserError, match=r"/b: (no images in this folder|no image is left)"):
+        make(sources=[Images(str(tmp_path / "a")), Images(str(tmp_path / "b"))])
 
 
 # Captions.
@@ -234,12 +234,12 @@ def test_shuffled_tags_are_encoded_when_they_come(
 # Augmentation.
 
 
-def test_mirrored_pictures_are_variants_in_the_cache(
+def test_mirrored_images_are_variants_in_the_cache(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, counted = fill(tmp_path / "p", [(16, 16)] * 4), []
-    encode = module.family.encode_pictures
-    monkeypatch.setattr(module.family, "encode_pictures", lambda pixels: counted.append(len(pixels)) or encode(pixels))
+    encode = module.family.encode_images
+    monkeypatch.setattr(module.family, "encode_images", lambda pixels: counted.append(len(pixels)) or encode(pixels))
     data = make(path=str(folder), augment=Augment(flip=0.5))
     assert sum(counted) == 8
     seen: dict[str, set[bytes]] = {}
@@ -266,7 +266,7 @@ def test_validation_does_not_vary(make: Callable[..., CaptionedImages], tmp_path
         assert torch.equal(mine["mean"], theirs["mean"])
 
 
-def test_colours_change_where_pictures_are_encoded_on_the_fly(
+def test_colours_change_where_images_are_encoded_on_the_fly(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule
 ) -> None:
     folder = str(fill(tmp_path / "p", [(16, 16)] * 4))
@@ -303,15 +303,15 @@ def test_masks_reach_the_loss(
     half[:, 16:] = 255
     for name in ("00.png", "01.png"):
         Image.fromarray(half).save(tmp_path / "m" / name)
-    source = Pictures(str(folder), masks=tmp_path / "m")
+    source = Images(str(folder), masks=tmp_path / "m")
     with caplog.at_level(logging.WARNING):
         data = make(sources=[source], batch_size=3, augment=Augment(flip=1.0), on_the_fly=fly)
-    assert "1 pictures have no mask and count whole: 02.png" in caplog.text
+    assert "1 images have no mask and count whole: 02.png" in caplog.text
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     masks = dict(rows([batch], "mask"))
     assert float(masks["02.png"].min()) == 1
     width = masks["00.png"].shape[-1]
-    assert masks["00.png"][0, 0].tolist() == [1.0] * (width // 2) + [0.0] * (width // 2)  # mirrored with its picture
+    assert masks["00.png"][0, 0].tolist() == [1.0] * (width // 2) + [0.0] * (width // 2)  # mirrored with its image
     where = batch["name"].index("00.png")
     losses = []
     for change in (0.0, 5.0):  # what lies under the mask is not seen by the loss but through x_t
@@ -326,7 +326,7 @@ def test_masks_reach_the_loss(
 
 
 def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_weights_are_read(
-    recipe: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loratune.training import diffusion_module
 
@@ -340,23 +340,23 @@ def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_wei
         assert not (tmp_path / "run").exists()
         return lines[-1]
 
-    source = f"[{{path: {pictures}, masks: {tmp_path / 'm'}}}]"
+    source = f"[{{path: {images}, masks: {tmp_path / 'm'}}}]"
     assert "00.png differ in size (8 x 8 and 16 x 16 pixels)" in said("--data.path", "null", "--data.sources", source)
     buckets = ["--data.buckets", "{step: 3, smallest: 3, largest: 30}"]
     assert "data.buckets.step: size 3: the VAE needs a multiple of 2; change data.buckets.step" in said(*buckets)
     assert "data.size: size 17: the VAE needs a multiple of 2" in said("--data.size", "17")
     (tmp_path / "empty").mkdir()
-    empty = f"[{{path: {pictures}}}, {{path: {tmp_path / 'empty'}}}]"
-    assert "empty: no pictures in this folder" in said("--data.path", "null", "--data.sources", empty)
-    zero = f"[{{path: {pictures}, weight: 0}}]"
+    empty = f"[{{path: {images}}}, {{path: {tmp_path / 'empty'}}}]"
+    assert "empty: no images in this folder" in said("--data.path", "null", "--data.sources", empty)
+    zero = f"[{{path: {images}, weight: 0}}]"
     assert "weight is 0 for every source" in said("--data.path", "null", "--data.sources", zero)
     assert "data.path is" in said("--data.sources", zero)
     for key, value in (("captions.shuffle", "true"), ("on_the_fly", "true")):
         told = said("--model.memory.release", "true", f"--data.{key}", value)
         assert f"model.memory.release is true, but data.{key.partition('.')[0]}" in told
-    for file in pictures.glob("metadata.*"):
+    for file in images.glob("metadata.*"):
         file.unlink()
-    assert "12 of 12 pictures have no caption" in said()
+    assert "12 of 12 images have no caption" in said()
 
 
 # What is encoded.
@@ -365,7 +365,7 @@ def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_wei
 def test_an_encoding_that_was_stopped_goes_on_where_it_was(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, encode, counted = fill(tmp_path / "p", [(16, 16)] * 6), module.family.encode_pictures, []
+    folder, encode, counted = fill(tmp_path / "p", [(16, 16)] * 6), module.family.encode_images, []
 
     def limited(pixels: torch.Tensor) -> Any:
         if len(counted) == 4:
@@ -373,7 +373,7 @@ def test_an_encoding_that_was_stopped_goes_on_where_it_was(
         counted.append(1)
         return encode(pixels)
 
-    monkeypatch.setattr(module.family, "encode_pictures", limited)
+    monkeypatch.setattr(module.family, "encode_images", limited)
     with pytest.raises(KeyboardInterrupt):
         make(path=str(folder))
     counted.clear()
@@ -383,7 +383,7 @@ def test_an_encoding_that_was_stopped_goes_on_where_it_was(
 
 def test_workers_decode_and_give_the_same(make: Callable[..., CaptionedImages], tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", [(16, 16), (40, 16), (16, 16), (20, 20)])
-    (folder / "02.png").write_bytes(b"no picture")
+    (folder / "02.png").write_bytes(b"no image")
     here, there = (
         make(path=str(folder), workers=workers, cache=tmp_path / f"cache-{workers}", augment=Augment(flip=0.5))
         for workers in (0, 2)

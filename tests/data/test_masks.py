@@ -1,4 +1,4 @@
-"""Masks are found by name, fit their pictures, and take from the loss what is black."""
+"""Masks are found by name, fit their images, and take from the loss what is black."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def sample(folder: Path, name: str) -> Sample:
-    return Sample(str(folder / "pictures" / name), b"", ("a",), str(folder / "pictures"))
+    return Sample(str(folder / "images" / name), b"", ("a",), str(folder / "images"))
 
 
-def test_a_mask_has_its_pictures_name_below_its_folder(folder: Path) -> None:
-    masks = Masks(folder / "masks", "pictures")
+def test_a_mask_has_its_images_name_below_its_folder(folder: Path) -> None:
+    masks = Masks(folder / "masks", "images")
     assert masks.find(sample(folder, "a.jpg")) == folder / "masks" / "a.png"
     assert masks.find(sample(folder, "deep/b.png")) == folder / "masks" / "deep" / "b.webp"
     assert masks.find(sample(folder, "b.png")) is None
@@ -40,20 +40,20 @@ def test_a_mask_has_its_pictures_name_below_its_folder(folder: Path) -> None:
 
 
 def test_what_is_wrong_with_masks_is_told(folder: Path) -> None:
-    masks = Masks(folder / "masks", "pictures")
-    said = r"a\.png: this mask and its picture .*a\.jpg differ in size \(8 x 4 and 4 x 8 pixels\); make them alike"
+    masks = Masks(folder / "masks", "images")
+    said = r"a\.png: this mask and its image .*a\.jpg differ in size \(8 x 4 and 4 x 8 pixels\); make them alike"
     with pytest.raises(UserError, match=said):
         masks.read(sample(folder, "a.jpg"), (4, 8))
-    (folder / "masks" / "a.png").write_bytes(b"no picture")
+    (folder / "masks" / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"a\.png: this mask is unreadable"):
         masks.read(sample(folder, "a.jpg"), (8, 4))
-    with pytest.raises(UserError, match="no such folder; give the masks of pictures"):
-        Masks(folder / "nothing", "pictures")
+    with pytest.raises(UserError, match="no such folder; give the masks of images"):
+        Masks(folder / "nothing", "images")
     with pytest.raises(UserError, match="have no file names, so masks cannot be found"):
         masks.find(Sample("set.parquet, row 3", b"", ("a",)))
 
 
-def test_a_mask_is_cut_as_its_picture_is(folder: Path) -> None:
+def test_a_mask_is_cut_as_its_image_is(folder: Path) -> None:
     data = (folder / "masks" / "a.png").read_bytes()
     assert mask_tensor(data, (8, 4), MIDDLE)[0, 0].tolist() == [1.0] * 4 + [0.0] * 4
     assert mask_tensor(data, (8, 4), View(flip=True))[0, 0].tolist() == [0.0] * 4 + [1.0] * 4

@@ -1,4 +1,4 @@
-"""Pictures become batches: nothing is lost, nothing is encoded twice, and what is wrong is told."""
+"""Images become batches: nothing is lost, nothing is encoded twice, and what is wrong is told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loratune.data.module import CaptionedImages, collate
 from loratune.errors import UserError
-from loratune.formats.images import normalise, open_picture, square, to_tensor
+from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.inject import LoRA
 from loratune.training.lora_module import LoRAModule
 
@@ -34,24 +34,24 @@ class Calls:
     """How often the frozen parts were asked."""
 
     def __init__(self, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pictures = self.texts = 0
-        pictures, texts = family.encode_pictures, family.encode_text
+        self.images = self.texts = 0
+        images, texts = family.encode_images, family.encode_text
 
-        def encode_pictures(pixels: Tensor) -> dict[str, Tensor]:
-            self.pictures += len(pixels)
-            return pictures(pixels)
+        def encode_images(pixels: Tensor) -> dict[str, Tensor]:
+            self.images += len(pixels)
+            return images(pixels)
 
         def encode_text(captions: list[str]) -> dict[str, Tensor]:
             self.texts += len(captions)
             return texts(captions)
 
-        monkeypatch.setattr(family, "encode_pictures", encode_pictures)
+        monkeypatch.setattr(family, "encode_images", encode_images)
         monkeypatch.setattr(family, "encode_text", encode_text)
 
     def since(self) -> tuple[int, int]:
-        """Pictures and captions encoded since last asked."""
-        found = (self.pictures, self.texts)
-        self.pictures = self.texts = 0
+        """Images and captions encoded since last asked."""
+        found = (self.images, self.texts)
+        self.images = self.texts = 0
         return found
 
 
@@ -61,11 +61,11 @@ def calls(module: LoRAModule, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def make(module: LoRAModule, pictures: Path, tmp_path: Path) -> Callable[..., CaptionedImages]:
-    """A data module of the twelve pictures, set up by a trainer's stand-in."""
+def make(module: LoRAModule, images: Path, tmp_path: Path) -> Callable[..., CaptionedImages]:
+    """A data module of the twelve images, set up by a trainer's stand-in."""
 
     def made(stand_in: Any = module, **changed: Any) -> CaptionedImages:
-        given: dict[str, Any] = {"path": str(pictures), "size": SIZE, "batch_size": 4, "cache": tmp_path / "cache"}
+        given: dict[str, Any] = {"path": str(images), "size": SIZE, "batch_size": 4, "cache": tmp_path / "cache"}
         data = CaptionedImages(**{**given, **changed})
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
             lightning_module=stand_in,
@@ -82,10 +82,10 @@ def make(module: LoRAModule, pictures: Path, tmp_path: Path) -> Callable[..., Ca
     return made
 
 
-def add_picture(folder: Path, name: str, caption: str | None, shade: int = 0) -> None:
-    picture = Image.new("RGB", (SIZE, SIZE), (shade, 255 - shade, 40))
-    ImageDraw.Draw(picture).line((0, shade % SIZE, SIZE, 3), fill="white")
-    picture.save(folder / name)
+def add_image(folder: Path, name: str, caption: str | None, shade: int = 0) -> None:
+    image = Image.new("RGB", (SIZE, SIZE), (shade, 255 - shade, 40))
+    ImageDraw.Draw(image).line((0, shade % SIZE, SIZE, 3), fill="white")
+    image.save(folder / name)
     if caption is not None:
         with (folder / "metadata.jsonl").open("a") as file:
             file.write(json.dumps({"file_name": name, "text": caption}) + "\n")
@@ -102,15 +102,15 @@ def split(data: CaptionedImages) -> tuple[set[str], set[str]]:
 # The split.
 
 
-@pytest.mark.parametrize("split_by", ["picture", "caption"])
-def test_the_split_stays_when_pictures_are_added(
-    make: Callable[..., CaptionedImages], pictures: Path, split_by: str
+@pytest.mark.parametrize("split_by", ["image", "caption"])
+def test_the_split_stays_when_images_are_added(
+    make: Callable[..., CaptionedImages], images: Path, split_by: str
 ) -> None:
     before = split(make(validation_percent=40, split_by=split_by))
     assert all(before)
     assert not before[0] & before[1]
     for number in range(20):
-        add_picture(pictures, f"{'a' if number % 2 else 'z'}{number}.png", f"a new line {number}", 12 * number)
+        add_image(images, f"{'a' if number % 2 else 'z'}{number}.png", f"a new line {number}", 12 * number)
     after = split(make(validation_percent=40, split_by=split_by))
     assert before[0] < after[0]
     assert before[1] < after[1]
@@ -118,20 +118,20 @@ def test_the_split_stays_when_pictures_are_added(
     assert not after[0] & after[1]
 
 
-def test_the_split_is_of_pictures_or_of_captions(make: Callable[..., CaptionedImages], pictures: Path) -> None:
-    by_picture = split(make(validation_percent=40))
+def test_the_split_is_of_images_or_of_captions(make: Callable[..., CaptionedImages], images: Path) -> None:
+    by_image = split(make(validation_percent=40))
     by_caption = split(make(validation_percent=40, split_by="caption"))
-    assert by_picture != by_caption
-    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    assert by_image != by_caption
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     rewritten = [json.dumps(line | {"text": line["text"] + "!"}) for line in lines]
-    (pictures / "metadata.jsonl").write_text("\n".join(rewritten))
-    assert split(make(validation_percent=40)) == by_picture
+    (images / "metadata.jsonl").write_text("\n".join(rewritten))
+    assert split(make(validation_percent=40)) == by_image
     assert split(make(validation_percent=40, split_by="caption")) != by_caption
-    for number, line in enumerate(lines):  # other pictures under the old captions: another style of the same things
-        Image.new("RGB", (SIZE, SIZE), (20 * number, 0, 0)).save(pictures / line["file_name"])
-    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for number, line in enumerate(lines):  # other images under the old captions: another style of the same things
+        Image.new("RGB", (SIZE, SIZE), (20 * number, 0, 0)).save(images / line["file_name"])
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert split(make(validation_percent=40, split_by="caption")) == by_caption
-    assert split(make(validation_percent=40)) != by_picture
+    assert split(make(validation_percent=40)) != by_image
 
 
 def test_a_prefix_does_not_move_the_split_by_caption(make: Callable[..., CaptionedImages]) -> None:
@@ -149,7 +149,7 @@ def test_nothing_is_held_out_at_0_percent(make: Callable[..., CaptionedImages]) 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 50])
-def test_no_picture_is_lost_in_an_epoch(make: Callable[..., CaptionedImages], batch_size: int) -> None:
+def test_no_image_is_lost_in_an_epoch(make: Callable[..., CaptionedImages], batch_size: int) -> None:
     data = make(validation_percent=40, batch_size=batch_size)
     trained = names(data.train_dataloader())
     held_out = names(data.val_dataloader())
@@ -168,7 +168,7 @@ def test_the_order_follows_the_seed(make: Callable[..., CaptionedImages], monkey
 
 
 def test_the_order_goes_on_where_the_trainer_stands(make: Callable[..., CaptionedImages]) -> None:
-    data = make(validation_percent=0, batch_size=5)  # 12 pictures: batches of 5, 5 and 2
+    data = make(validation_percent=0, batch_size=5)  # 12 images: batches of 5, 5 and 2
     whole = []
     for epoch in range(3):
         data.trainer.global_step = 3 * epoch
@@ -186,28 +186,28 @@ def test_the_order_goes_on_where_the_trainer_stands(make: Callable[..., Captione
 # What is wrong.
 
 
-def test_a_missing_caption_is_an_error(make: Callable[..., CaptionedImages], pictures: Path) -> None:
-    add_picture(pictures, "bare.png", None)
-    add_picture(pictures, "blank.png", "  ")
-    with pytest.raises(UserError, match=r"2 of 14 pictures have no caption: .*bare\.png, .*blank\.png") as error:
+def test_a_missing_caption_is_an_error(make: Callable[..., CaptionedImages], images: Path) -> None:
+    add_image(images, "bare.png", None)
+    add_image(images, "blank.png", "  ")
+    with pytest.raises(UserError, match=r"2 of 14 images have no caption: .*bare\.png, .*blank\.png") as error:
         make()
     assert "data.allow_missing_captions: true" in str(error.value)
 
 
-def test_many_missing_captions_are_not_all_listed(make: Callable[..., CaptionedImages], pictures: Path) -> None:
-    (pictures / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"12 of 12 pictures have no caption: .*09\.png and 2 more") as error:
+def test_many_missing_captions_are_not_all_listed(make: Callable[..., CaptionedImages], images: Path) -> None:
+    (images / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"12 of 12 images have no caption: .*09\.png and 2 more") as error:
         make()
     assert "10.png" not in str(error.value)
 
 
 def test_missing_captions_can_be_allowed(
-    make: Callable[..., CaptionedImages], pictures: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., CaptionedImages], images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    add_picture(pictures, "bare.png", None)
+    add_image(images, "bare.png", None)
     with caplog.at_level(logging.WARNING, "loratune"):
         data = make(allow_missing_captions=True, validation_percent=0)
-    assert "1 of 13 pictures have no caption" in caplog.text
+    assert "1 of 13 images have no caption" in caplog.text
     assert "bare.png" in caplog.text
     captions = {
         name: text
@@ -219,35 +219,35 @@ def test_missing_captions_can_be_allowed(
 
 
 @pytest.fixture
-def damaged(pictures: Path) -> Path:
-    """The twelve pictures, two of them unreadable."""
-    (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:60])
-    (pictures / "07.png").write_bytes(b"no picture at all")
-    return pictures
+def damaged(images: Path) -> Path:
+    """The twelve images, two of them unreadable."""
+    (images / "03.png").write_bytes((images / "03.png").read_bytes()[:60])
+    (images / "07.png").write_bytes(b"no image at all")
+    return images
 
 
-def test_unreadable_pictures_are_counted_listed_and_left_out(
+def test_unreadable_images_are_counted_listed_and_left_out(
     make: Callable[..., CaptionedImages], damaged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "loratune"):
         data = make(validation_percent=0)
     assert [Path(name).name for name in data.unreadable] == ["03.png", "07.png"]
-    assert "2 of 12 pictures are unreadable and left out" in caplog.text
+    assert "2 of 12 images are unreadable and left out" in caplog.text
     assert str(damaged / "03.png") in caplog.text
     assert str(damaged / "07.png") in caplog.text
     assert sorted(names(data.train_dataloader())) == [f"{i:02d}.png" for i in range(12) if i not in (3, 7)]
 
 
 @pytest.mark.usefixtures("damaged")
-def test_strict_stops_at_the_first_unreadable_picture(make: Callable[..., CaptionedImages]) -> None:
+def test_strict_stops_at_the_first_unreadable_image(make: Callable[..., CaptionedImages]) -> None:
     with pytest.raises(UserError, match=r"03\.png: unreadable"):
         make(strict=True)
 
 
-def test_no_readable_picture_is_an_error(make: Callable[..., CaptionedImages], pictures: Path) -> None:
-    for file in pictures.glob("*.png"):
+def test_no_readable_image_is_an_error(make: Callable[..., CaptionedImages], images: Path) -> None:
+    for file in images.glob("*.png"):
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="pictures: no picture is left to train on"):
+    with pytest.raises(UserError, match="images: no image is left to train on"):
         make()
 
 
@@ -276,24 +276,24 @@ def test_nothing_is_encoded_twice(make: Callable[..., CaptionedImages], calls: C
     assert calls.since() == (0, 0)
 
 
-def test_a_changed_picture_is_encoded_again(make: Callable[..., CaptionedImages], pictures: Path, calls: Calls) -> None:
+def test_a_changed_image_is_encoded_again(make: Callable[..., CaptionedImages], images: Path, calls: Calls) -> None:
     make()
     calls.since()
-    Image.new("RGB", (SIZE, SIZE), "yellow").save(pictures / "05.png")
+    Image.new("RGB", (SIZE, SIZE), "yellow").save(images / "05.png")
     make()
     assert calls.since() == (1, 0)
-    (pictures / "05.png").rename(pictures / "still-05.png")
-    text = (pictures / "metadata.jsonl").read_text()
-    (pictures / "metadata.jsonl").write_text(text.replace('"05.png"', '"still-05.png"'))
+    (images / "05.png").rename(images / "still-05.png")
+    text = (images / "metadata.jsonl").read_text()
+    (images / "metadata.jsonl").write_text(text.replace('"05.png"', '"still-05.png"'))
     make()
     assert calls.since() == (0, 0)  # the name is not what makes it
 
 
-def test_a_changed_caption_is_encoded_again(make: Callable[..., CaptionedImages], pictures: Path, calls: Calls) -> None:
+def test_a_changed_caption_is_encoded_again(make: Callable[..., CaptionedImages], images: Path, calls: Calls) -> None:
     make()
     calls.since()
-    text = (pictures / "metadata.jsonl").read_text()
-    (pictures / "metadata.jsonl").write_text(text.replace("a black disc 3", "a black ring"))
+    text = (images / "metadata.jsonl").read_text()
+    (images / "metadata.jsonl").write_text(text.replace("a black disc 3", "a black ring"))
     make()
     assert calls.since() == (0, 1)
     make(prefix="sks ")
@@ -329,12 +329,12 @@ def test_other_weights_encode_again(
 
 @torch.no_grad()
 def test_the_cached_posterior_is_the_vaes_own(
-    make: Callable[..., CaptionedImages], module: LoRAModule, pictures: Path
+    make: Callable[..., CaptionedImages], module: LoRAModule, images: Path
 ) -> None:
     for _ in range(2):  # encoded, and read from the cache
         batch = next(iter(make(validation_percent=0).train_dataloader()))
         for row, (name, caption) in enumerate(zip(batch["name"], batch["caption"], strict=True)):
-            opened = square(open_picture((pictures / name).read_bytes()), SIZE)
+            opened = square(open_image((images / name).read_bytes()), SIZE)
             moments = module.family.vae.encode(normalise(to_tensor(opened))[None]).latent_dist
             assert torch.equal(batch["mean"][row], moments.mean[0])
             assert torch.equal(batch["logvar"][row], moments.logvar[0])
@@ -371,17 +371,17 @@ def test_captions_are_not_cached_while_the_text_encoder_is_trained(
     assert all(text.startswith("sks a ") for text in batch["caption"])
 
 
-def test_a_model_of_pixels_gets_pixels(make: Callable[..., CaptionedImages], pictures: Path, tmp_path: Path) -> None:
+def test_a_model_of_pixels_gets_pixels(make: Callable[..., CaptionedImages], images: Path, tmp_path: Path) -> None:
     data = make(SimpleNamespace(batch_kind="pixels"), validation_percent=0, size=8)
     batch = next(iter(data.train_dataloader()))
     assert sorted(batch) == ["caption", "name", "pixels"]
     assert batch["pixels"].dtype == torch.uint8
-    opened = square(open_picture((pictures / batch["name"][2]).read_bytes()), 8)
+    opened = square(open_image((images / batch["name"][2]).read_bytes()), 8)
     assert torch.equal(batch["pixels"][2], to_tensor(opened))
     assert not (tmp_path / "cache").exists()
 
 
-def test_unreadable_pictures_are_left_out_of_pixels_too(make: Callable[..., CaptionedImages], damaged: Path) -> None:
+def test_unreadable_images_are_left_out_of_pixels_too(make: Callable[..., CaptionedImages], damaged: Path) -> None:
     data = make(SimpleNamespace(batch_kind="pixels"), validation_percent=0)
     assert len(names(data.train_dataloader())) == 10
     assert len(data.unreadable) == 2
@@ -419,8 +419,8 @@ class Seen(L.Callback):
         self.checked += batch["name"]
 
 
-def test_a_real_trainer_gets_each_picture_once_an_epoch(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    data = CaptionedImages(str(pictures), size=SIZE, batch_size=4, validation_percent=25, cache=tmp_path / "cache")
+def test_a_real_trainer_gets_each_image_once_an_epoch(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    data = CaptionedImages(str(images), size=SIZE, batch_size=4, validation_percent=25, cache=tmp_path / "cache")
     seen = Seen()
     trainer = L.Trainer(
         max_epochs=2,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loratune.data.buckets import Size
 from loratune.data.entries import Draw, Entry
 from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
-from loratune.data.settings import Pictures
+from loratune.data.settings import Images
 
 QUICK = settings(max_examples=150, deadline=None)
 SIZES: list[Size] = [(8, 8), (16, 8), (8, 16)]
@@ -36,7 +36,7 @@ def order(
 
 @QUICK
 @given(entries, repeats, batch_sizes, seeds)
-def test_each_picture_comes_as_often_as_it_is_repeated_in_batches_of_one_size(
+def test_each_image_comes_as_often_as_it_is_repeated_in_batches_of_one_size(
     given_: list[Entry], each: list[int], size: int, seed: int
 ) -> None:
     made = order(given_, each, size, seed)
@@ -86,7 +86,7 @@ def test_a_resumed_order_is_the_rest_of_the_whole_one(
     assert asked == [len(whole[0])]
 
 
-def test_of_part_of_a_source_every_picture_comes_in_time() -> None:
+def test_of_part_of_a_source_every_image_comes_in_time() -> None:
     rows = [Entry(0, at, "", ("a",), "", (8, 8), (8, 8)) for at in range(10)]
     rows += [Entry(0, 10, "", ("a",), "", (16, 8), (16, 8))]  # the only one of its shape
     seen = [{d.sample for batch in order(rows, [0.3], 2, 1, lambda _, e=e: (e, 0)) for d in batch} for e in range(40)]
@@ -94,8 +94,8 @@ def test_of_part_of_a_source_every_picture_comes_in_time() -> None:
     assert set().union(*seen) == set(range(11))
 
 
-def sources(*told: dict[str, object]) -> list[Pictures]:
-    return [Pictures("x", **one) for one in told]  # type: ignore[arg-type]
+def sources(*told: dict[str, object]) -> list[Images]:
+    return [Images("x", **one) for one in told]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

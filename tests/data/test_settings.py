@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from loratune.data.settings import Pictures, gathered, left_out
+from loratune.data.settings import Images, gathered, left_out
 
 SHORT: dict[str, Any] = {"prefix": "", "image_column": "image", "caption_column": None}
 
 
 def test_a_path_is_the_only_source() -> None:
-    (one,) = gathered("pictures", None, SHORT | {"prefix": "sks "})
-    assert one == Pictures("pictures", prefix="sks ")
+    (one,) = gathered("images", None, SHORT | {"prefix": "sks "})
+    assert one == Images("images", prefix="sks ")
 
 
 def test_several_sources_stay_as_they_are() -> None:
-    told = [Pictures("a", repeats=2), Pictures("b", role="validation")]
+    told = [Images("a", repeats=2), Images("b", role="validation")]
     assert gathered(None, told, SHORT) == tuple(told)
-    assert [left_out(one) for one in (Pictures("a", weight=0), Pictures("b", weight=0.1), Pictures("c"))] == [
+    assert [left_out(one) for one in (Images("a", weight=0), Images("b", weight=0.1), Images("c"))] == [
         True,
         False,
         False,
@@ -40,7 +40,7 @@ def test_several_sources_stay_as_they_are() -> None:
 )
 def test_a_source_that_makes_no_sense_is_refused(told: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Pictures("pictures", **told)
+        Images("images", **told)
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_a_source_that_makes_no_sense_is_refused(told: dict[str, Any], said: str
 )
 def test_sources_that_make_no_sense_are_refused(path: Any, sources: Any, short: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        gathered(path, sources and [Pictures("x", **told) for told in sources], SHORT | short)
+        gathered(path, sources and [Images("x", **told) for told in sources], SHORT | short)

@@ -1,4 +1,4 @@
-"""Captioned pictures are found wherever they are kept, and what is wrong is told by file and line."""
+"""Captioned images are found wherever they are kept, and what is wrong is told by file and line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def images(*shades: int) -> list[dict[str, Any]]:
     return [{"bytes": png(shade), "path": None} for shade in shades]
 
 
-def test_text_files_beside_pictures_also_in_folders_within(tmp_path: Path) -> None:
+def test_text_files_beside_images_also_in_folders_within(tmp_path: Path) -> None:
     put(tmp_path / "b.png", png(2))
     put(tmp_path / "b.txt", "  the second \n")
     put(tmp_path / "a" / "deep" / "a.JPG", png(1))
@@ -59,7 +59,7 @@ def test_text_files_beside_pictures_also_in_folders_within(tmp_path: Path) -> No
     put(tmp_path / "c.webp", png(3))
     put(tmp_path / "d.png", png(4))
     put(tmp_path / "d.txt", " \n")
-    put(tmp_path / "notes.md", "no picture")
+    put(tmp_path / "notes.md", "no image")
     source = read_source(str(tmp_path))
     assert len(source) == 4
     assert found(source) == [
@@ -104,7 +104,7 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./a.png", "in/../a.png"])
-def test_a_file_name_written_the_long_way_still_finds_its_picture(tmp_path: Path, name: str) -> None:
+def test_a_file_name_written_the_long_way_still_finds_its_image(tmp_path: Path, name: str) -> None:
     put(tmp_path / "a.png", png())
     (tmp_path / "in").mkdir()
     put(tmp_path / "metadata.jsonl", json.dumps({"file_name": name, "text": "a disc"}))
@@ -165,14 +165,14 @@ def test_captions_that_are_numbers_are_text(tmp_path: Path) -> None:
     assert read_source(path)[0].caption == "7"
 
 
-def test_a_row_without_a_picture_is_an_unreadable_one(tmp_path: Path) -> None:
+def test_a_row_without_a_image_is_an_unreadable_one(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", {"image": [*images(1), None], "text": ["one", "two"]})
     source = read_source(path)
     assert source[1].data == b""
     assert source[1].name.endswith("row 1")
 
 
-def test_a_picture_that_goes_away_is_named(tmp_path: Path) -> None:
+def test_a_image_that_goes_away_is_named(tmp_path: Path) -> None:
     source = read_source(str(put(tmp_path / "gone.png", png()).parent))
     (tmp_path / "gone.png").unlink()
     with pytest.raises(UserError, match=r"gone\.png: cannot be read"):
@@ -187,7 +187,7 @@ def test_a_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", "a caption alone")
-    with pytest.raises(UserError, match=f"{tmp_path}: no pictures") as error:
+    with pytest.raises(UserError, match=f"{tmp_path}: no images") as error:
         read_source(str(tmp_path))
     assert ".jpeg" in str(error.value)
 
@@ -228,11 +228,11 @@ def test_a_bad_line_is_told_by_its_number(tmp_path: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["b.png", "in"])
-def test_a_picture_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_a_image_that_is_not_there(tmp_path: Path, name: str) -> None:
     put(tmp_path / "a.png", png())
     (tmp_path / "in").mkdir()
     put(tmp_path / "metadata.csv", f"file_name,text\na.png,x\n{name},y\n")
-    with pytest.raises(UserError, match=rf"metadata\.csv:3: there is no picture '{name}'"):
+    with pytest.raises(UserError, match=rf"metadata\.csv:3: there is no image '{name}'"):
         read_source(str(tmp_path))
 
 
@@ -287,9 +287,9 @@ def tar(path: Path, members: dict[str, bytes | str]) -> str:
     return str(path)
 
 
-def test_a_webdataset_has_captions_beside_its_pictures(tmp_path: Path) -> None:
+def test_a_webdataset_has_captions_beside_its_images(tmp_path: Path) -> None:
     members = {"a/1.txt": " one ", "a/1.png": png(1), "2.JPG": png(2), "2.json": '{"caption": "two"}', "3.webp": png(3)}
-    path = tar(tmp_path / "set" / "0.tar", members | {"notes.md": "no picture"})
+    path = tar(tmp_path / "set" / "0.tar", members | {"notes.md": "no image"})
     source = read_source(path)
     assert [(one.name, one.data, one.caption) for one in source] == [
         (f"{path}, a/1.png", png(1), "one"),
@@ -317,7 +317,7 @@ def test_names_in_a_tar_are_never_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"no tar at all", b""])
 def test_a_damaged_tar_is_named(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(UserError, match=r"x\.tar: (not a tar file|no picture in this tar file)"):
+    with pytest.raises(UserError, match=r"x\.tar: (not a tar file|no image in this tar file)"):
         read_source(str(put(tmp_path / "x.tar", content)))
 
 

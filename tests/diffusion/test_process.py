@@ -421,17 +421,17 @@ def test_algorithm_2_is_the_loop_of_diffusers(name: ScheduleName, variance: Vari
 
 @every_variance
 @every_schedule
-def test_a_perfect_network_for_one_picture_draws_that_picture(name: ScheduleName, variance: Variance) -> None:
+def test_a_perfect_network_for_one_image_draws_that_image(name: ScheduleName, variance: Variance) -> None:
     _, _, start, end = SCHEDULES[name]
-    betas, picture = process.make_betas(name, 100, start, end), normal(3, 4, 4, seed=3)
+    betas, image = process.make_betas(name, 100, start, end), normal(3, 4, 4, seed=3)
     a, b = process.ddpm_coefficients(process.alpha_bars(betas))
 
     def oracle(x: Tensor, t: Tensor) -> Tensor:
         assert (t.shape, t.dtype) == ((2,), torch.long)
-        return (x - process.expand(a[t], x) * picture) / process.expand(b[t], x)
+        return (x - process.expand(a[t], x) * image) / process.expand(b[t], x)
 
     drawn = process.ddpm_sample(oracle, normal(2, 3, 4, 4), betas, draws(99, 2, 3, 4, 4, seed=7), variance)
-    close(drawn, picture.expand(2, 3, 4, 4))
+    close(drawn, image.expand(2, 3, 4, 4))
 
 
 def test_algorithm_2_keeps_the_dtype_of_x() -> None:

@@ -49,7 +49,7 @@ def test_the_band_is_as_high_as_the_error() -> None:
     assert "± 0.5" in ET.tostring(drawn, encoding="unicode")
 
 
-def test_zero_is_in_the_picture_where_it_is_asked_for() -> None:
+def test_zero_is_in_the_image_where_it_is_asked_for() -> None:
     points = [(0.0, 5.0), (1.0, 6.0)]
     assert 'class="zero"' in chart([Series("a", points)], zero=True)
     assert 'class="zero"' not in chart([Series("a", points)])

@@ -14,7 +14,7 @@ from loratune.evaluation.evaluate import Evaluate
 from loratune.runs.checkpoints import read_checkpoint
 from loratune.runs.log_history import curves, read
 
-ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog, a house]", "--evaluation.pictures", "3"]
+ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog, a house]", "--evaluation.images", "3"]
 
 
 def fit(recipe: Path, *words: str) -> int:
@@ -56,7 +56,7 @@ def test_what_is_logged_and_when(recipe: Path, tmp_path: Path) -> None:
     }
     ranges = [dict(points) for name, points in logged.items() if "train/loss_t" in name]
     assert len(ranges) == 4
-    assert any(len(one) < 7 for one in ranges)  # a range in which none of four pictures fell says nothing
+    assert any(len(one) < 7 for one in ranges)  # a range in which none of four images fell says nothing
     for step, loss in logged["train/loss"]:
         told = [one[step] for one in ranges if step in one]
         assert min(told) <= loss <= max(told)
@@ -111,7 +111,7 @@ def test_a_resumed_run_logs_what_the_whole_one_does(recipe: Path, tmp_path: Path
         assert one[name] == two[name], name
 
 
-def test_without_held_out_pictures_it_is_compared_by_steps(recipe: Path, tmp_path: Path) -> None:
+def test_without_held_out_images_it_is_compared_by_steps(recipe: Path, tmp_path: Path) -> None:
     assert fit(recipe, *ON, "--data.validation_percent", "0", "--trainer.max_steps", "5") == 0
     logged = found(tmp_path / "run")
     assert [step for step, _ in logged["training/gap"]] == [0, 2, 4, 5]
@@ -159,7 +159,7 @@ def test_learning_by_heart_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("words", "changed"),
     [
-        (["--evaluation.pictures", "2"], "training/gap"),
+        (["--evaluation.images", "2"], "training/gap"),
         (["--evaluation.prompts", "[a house, a dog]"], "drift"),
         (["--evaluation.levels", "3"], "training/gap"),
         (["--evaluation.seed", "1"], "training/gap"),

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from loratune.cli.main import main
+from loratune.evaluation import figures as module
 from loratune.evaluation.figures import figures, telling
-from loratune.training import figures as module
 
 ON = ["--evaluation.figures", "true", "--trainer.max_steps", "1"]
 
@@ -29,7 +29,7 @@ def test_a_run_leaves_its_figures_in_its_folder_and_in_tensorboard(recipe: Path,
     assert main(["fit", "-c", str(recipe), *ON]) == 0
     made = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "run" / "figures").iterdir()}
     assert sorted(made) == ["forward", "reverse", "words"]
-    assert all(picture.std() > 1 for picture in made.values())
+    assert all(image.std() > 1 for image in made.values())
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"figures/forward", "figures/reverse", "figures/words"} <= set(events.Tags()["images"])
 

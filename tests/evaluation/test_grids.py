@@ -1,4 +1,4 @@
-"""Every picture of a grid is in its cell, whole, and words are where they belong."""
+"""Every image of a grid is in its cell, whole, and words are where they belong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def colour(row: int, column: int) -> tuple[int, int, int]:
     return (40 + 50 * row, 30 + 40 * column, 200)
 
 
-def pictures(rows: int, columns: int, size: int = CELL) -> list[list[Image.Image]]:
+def images(rows: int, columns: int, size: int = CELL) -> list[list[Image.Image]]:
     return [[Image.new("RGB", (size, size), colour(y, x)) for x in range(columns)] for y in range(rows)]
 
 
@@ -37,8 +37,8 @@ def cells(sheet: Image.Image, rows: int, columns: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (4, 2)])
-def test_each_picture_is_in_its_cell(rows: int, columns: int) -> None:
-    sheet = grid(pictures(rows, columns), cell=CELL)
+def test_each_image_is_in_its_cell(rows: int, columns: int) -> None:
+    sheet = grid(images(rows, columns), cell=CELL)
     assert sheet.size == (columns * STEP + MARGIN, rows * STEP + MARGIN)
     left, top = cells(sheet, rows, columns)
     assert left == MARGIN
@@ -48,13 +48,13 @@ def test_each_picture_is_in_its_cell(rows: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 64])
-def test_pictures_of_other_sizes_are_brought_to_the_cell(size: int) -> None:
-    cells(grid(pictures(2, 2, size), cell=CELL), 2, 2)
+def test_images_of_other_sizes_are_brought_to_the_cell(size: int) -> None:
+    cells(grid(images(2, 2, size), cell=CELL), 2, 2)
 
 
-def test_words_take_room_and_cover_no_picture() -> None:
-    bare = grid(pictures(2, 2), cell=CELL)
-    both = grid(pictures(2, 2), ["a red disc", "a blue ring"], ["base", "with the LoRA"], cell=CELL)
+def test_words_take_room_and_cover_no_image() -> None:
+    bare = grid(images(2, 2), cell=CELL)
+    both = grid(images(2, 2), ["a red disc", "a blue ring"], ["base", "with the LoRA"], cell=CELL)
     left, top = cells(both, 2, 2)
     assert both.width - bare.width == left - MARGIN > 0
     assert both.height - bare.height >= top - MARGIN > 0
@@ -67,23 +67,23 @@ def test_words_take_room_and_cover_no_picture() -> None:
 
 
 def test_long_words_are_wrapped_into_three_lines_at_most() -> None:
-    short = grid(pictures(1, 1), ["a"], cell=CELL)
-    long = grid(pictures(1, 1), ["a very long caption of a picture " * 8], cell=CELL)
-    longer = grid(pictures(1, 1), ["a very long caption of a picture " * 80], cell=CELL)
+    short = grid(images(1, 1), ["a"], cell=CELL)
+    long = grid(images(1, 1), ["a very long caption of an image " * 8], cell=CELL)
+    longer = grid(images(1, 1), ["a very long caption of an image " * 80], cell=CELL)
     assert short.height < long.height == longer.height
     assert short.width == long.width
     cells(longer, 1, 1)
 
 
 def test_short_rows_leave_cells_empty() -> None:
-    rows = pictures(2, 3)
+    rows = images(2, 3)
     rows[1] = rows[1][:1]
     sheet = np.asarray(grid(rows, cell=CELL))
     assert sheet.shape == (2 * STEP + MARGIN, 3 * STEP + MARGIN, 3)
     assert (sheet[STEP + MARGIN :, STEP + MARGIN :] == PAPER).all()
 
 
-def test_captioned_puts_every_picture_in_rows() -> None:
+def test_captioned_puts_every_image_in_rows() -> None:
     colours = [(10 * i, 200, 255 - 10 * i) for i in range(6)]
     sheet = captioned([Image.new("RGB", (32, 32), colour) for colour in colours], list("abcdef"), 4, 32)
     found = {colour for _, colour in sheet.getcolors(10**6) or []}

@@ -76,12 +76,12 @@ def test_every_text_is_escaped_and_nothing_is_loaded() -> None:
 def test_parts_that_are_empty_are_left_out() -> None:
     words = "".join(read(render(Page("a run"))).words)
     assert "a run" in words
-    for title in ("Curves", "Numbers", "Pictures", "Recipe"):
+    for title in ("Curves", "Numbers", "Images", "Recipe"):
         assert title not in words
         assert title in "".join(read(render(whole())).words)
 
 
-def test_pictures_are_reduced_until_the_page_is_small() -> None:
+def test_images_are_reduced_until_the_page_is_small() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
     page = Page("a", shown=[Shown(str(i), Image.fromarray(noise)) for i in range(4)], most_bytes=1_000_000)
     assert len(render(page)) < 1_100_000

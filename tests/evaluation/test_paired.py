@@ -121,7 +121,7 @@ def test_the_standard_error_is_the_textbooks() -> None:
 
 
 def test_pairs_tell_what_single_losses_cannot() -> None:
-    # A gain of 0.01 on each picture, whose losses themselves are apart by 1.
+    # A gain of 0.01 on each image, whose losses themselves are apart by 1.
     base = torch.linspace(1, 9, 9, dtype=torch.float64)[:, None]
     found = gap(base - 0.01 + 1e-4 * base.sin(), base)
     assert found.mean < -50 * found.error

@@ -38,7 +38,7 @@ def test_pure_colours_have_all_of_it() -> None:
         assert colourfulness(plain(*colour)).tolist() == [1.0]
 
 
-def test_a_half_red_picture_is_half_colourful_and_a_dark_tint_little() -> None:
+def test_a_half_red_image_is_half_colourful_and_a_dark_tint_little() -> None:
     half = torch.cat([plain(1.0, -1.0, -1.0), plain(-1.0, -1.0, -1.0)], dim=3)
     assert float(colourfulness(half)) == pytest.approx(0.5)
     tint = plain(-0.9, -1.0, -1.0)  # HSV's saturation would be 1
@@ -47,7 +47,7 @@ def test_a_half_red_picture_is_half_colourful_and_a_dark_tint_little() -> None:
 
 @QUICK
 @given(st.integers(0, 2**31), st.floats(0.1, 3))
-def test_colourfulness_is_from_0_to_1_and_of_each_picture_alone(seed: int, reach: float) -> None:
+def test_colourfulness_is_from_0_to_1_and_of_each_image_alone(seed: int, reach: float) -> None:
     some = pixels(3, 4, seed, reach)
     found = colourfulness(some)
     assert found.shape == (3,)
@@ -68,9 +68,9 @@ def test_colours_are_the_means_of_16_by_16_blocks(size: int) -> None:
     assert np.allclose(found.numpy(), values.mean((3, 5)).reshape(2, 768), atol=1e-6)
 
 
-def drawn_by_hand(picture: np.ndarray) -> np.ndarray:
-    """Histograms of oriented gradients pixel by pixel, for a picture (3, 64, 64)."""
-    grey, bins = np.pad(picture.mean(0), 1, mode="edge"), np.zeros((8, 8, 8))
+def drawn_by_hand(image: np.ndarray) -> np.ndarray:
+    """Histograms of oriented gradients pixel by pixel, for an image (3, 64, 64)."""
+    grey, bins = np.pad(image.mean(0), 1, mode="edge"), np.zeros((8, 8, 8))
     for y in range(64):
         for x in range(64):
             across = (grey[y + 1, x + 2] - grey[y + 1, x]) / 2
@@ -85,8 +85,8 @@ def drawn_by_hand(picture: np.ndarray) -> np.ndarray:
 
 def test_shapes_are_histograms_of_oriented_gradients() -> None:
     some = pixels(2, 64)
-    for found, picture in zip(shapes(some), some, strict=True):
-        assert np.allclose(found.numpy(), drawn_by_hand(picture.double().numpy()), atol=1e-4)
+    for found, image in zip(shapes(some), some, strict=True):
+        assert np.allclose(found.numpy(), drawn_by_hand(image.double().numpy()), atol=1e-4)
 
 
 def test_shapes_know_edges_and_no_colours() -> None:
@@ -109,7 +109,7 @@ def test_reals_are_nearest_to_themselves(by: Callable[[Tensor], Tensor]) -> None
     assert nearest_rate(reals[:20], reals[:20], torch.arange(20)) == 1.0  # as many as candidates
 
 
-def test_the_wrong_picture_is_not_nearest() -> None:
+def test_the_wrong_image_is_not_nearest() -> None:
     reals = pixels(20)
     assert nearest_rate(reals, reals, torch.arange(20).roll(1)) == 0.0
 
@@ -133,7 +133,7 @@ def test_chance_follows_the_candidates_and_the_seed_the_draw() -> None:
     assert len(set(rates)) > 1
 
 
-def test_every_other_picture_is_a_candidate_where_all_are_drawn() -> None:
+def test_every_other_image_is_a_candidate_where_all_are_drawn() -> None:
     sample = torch.zeros(1, 3, 16, 16)
     for right in range(20):
         for nearer in {0, (right + 1) % 20, (right - 1) % 20, 19} - {right}:
@@ -145,7 +145,7 @@ def test_every_other_picture_is_a_candidate_where_all_are_drawn() -> None:
 
 
 def test_too_few_reals() -> None:
-    with pytest.raises(ValueError, match="19 real pictures are fewer than 20 candidates"):
+    with pytest.raises(ValueError, match="19 real images are fewer than 20 candidates"):
         nearest_rate(pixels(1), pixels(19), torch.tensor([0]))
     with pytest.raises(ValueError):
         nearest_rate(pixels(2), pixels(20), torch.tensor([0]))

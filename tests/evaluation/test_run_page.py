@@ -15,7 +15,7 @@ from loratune.evaluation.run_page import page_of
 from loratune.formats import atomic
 from loratune.runs.log_history import append
 
-ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog]", "--evaluation.pictures", "2"]
+ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog]", "--evaluation.images", "2"]
 DRAWN = ["--samples.every_n_steps", "3", "--samples.steps", "2", "--samples.prompts", "[<b>a disc</b>]"]
 
 
@@ -41,7 +41,7 @@ def test_the_page_of_a_run_shows_all_of_it_and_loads_nothing(recipe: Path, tmp_p
     for title in ("Samples at step 6", "Samples at step 0", "Forward process", "Reverse process", "each word is seen"):
         assert f"{title}</h3>" in text
     assert "at step 6 of 6" in text
-    assert "held-out pictures" in text
+    assert "held-out images" in text
     assert "&lt;b&gt;a disc&lt;/b&gt;" in text  # in the recipe
     assert "<b>a disc" not in text
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', text))
@@ -75,7 +75,7 @@ def test_a_new_run_in_the_folder_starts_its_curves_anew(recipe: Path, tmp_path: 
 def test_a_page_that_cannot_be_written_ends_no_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from loratune.training import run_page
+    from loratune.evaluation import run_page
 
     def full(path: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -98,7 +98,7 @@ def test_warnings_grids_and_the_best_are_told(tmp_path: Path) -> None:
     for step in (0, 50, 100, 900):
         Image.new("RGB", (8, 8)).save(tmp_path / "figures" / f"samples-{step:06d}.png")
     page = page_of(tmp_path, 100, 200)
-    assert page.rows == [["held-out pictures", "0.6", "0.5", "-0.1", "0.03", "-0.2 at step 50"]]
+    assert page.rows == [["held-out images", "0.6", "0.5", "-0.1", "0.03", "-0.2 at step 50"]]
     assert page.warnings == ["Step 100: held-out <loss> rose"]
     assert [one.title for one in page.shown] == [f"Samples at step {step}" for step in (100, 50, 0)]
     assert "held-out &lt;loss&gt; rose" in render(page)

@@ -1,4 +1,4 @@
-"""Strips of the process, and maps on pictures."""
+"""Strips of the process, and maps on images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_numbers_are_spread_from_the_first_to_the_last() -> None:
     assert evenly(1000, 5) == [0, 250, 500, 749, 999]
 
 
-def test_states_go_from_the_picture_to_the_noise() -> None:
+def test_states_go_from_the_image_to_the_noise() -> None:
     bars = torch.linspace(1, 0, 11).double()
     x_0, noise = torch.randn(2, 3, 3).double(), torch.randn(2, 3, 3).double()
 
@@ -30,7 +30,7 @@ def test_states_go_from_the_picture_to_the_noise() -> None:
     assert torch.equal(states[2], noise)
 
 
-def test_a_strip_has_its_pictures_in_order() -> None:
+def test_a_strip_has_its_images_in_order() -> None:
     made = np.asarray(strip([Image.new("RGB", (16, 16), name) for name in ("red", "blue")], ["a", "b"], cell=16))
     red = np.argwhere((made == (255, 0, 0)).all(-1))
     blue = np.argwhere((made == (0, 0, 255)).all(-1))

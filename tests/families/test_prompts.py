@@ -377,7 +377,7 @@ def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path:
 def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loratune.cli.draw as verbs
+    import loratune.lora.load as verbs
 
     monkeypatch.setattr(verbs, "load_family", lambda *_: pytest.fail("a weight was read"))
     assert main(["sample", "--base", "there", "--prompt", "x", "--out", str(tmp_path / "out"), *words]) == 2

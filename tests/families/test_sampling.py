@@ -1,4 +1,4 @@
-"""Drawing is diffusers' pipeline, number by number, and a seed is a picture."""
+"""Drawing is diffusers' pipeline, number by number, and a seed is an image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_first_step_is_at_pure_noise(family: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler-a", "dpm++"])
-def test_a_seed_is_a_picture_in_any_batch(family: StableDiffusion, sampler: str) -> None:
+def test_a_seed_is_a_image_in_any_batch(family: StableDiffusion, sampler: str) -> None:
     together = draw(family, PROMPTS, [7, 8, 9], 16, 4, 3.0, sampler)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, (7, 8, 9), strict=True)):
         alone = draw(family, [prompt], [seed], 16, 4, 3.0, sampler)
@@ -134,7 +134,7 @@ def drawn_files(out: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {path.name[4:]: np.asarray(Image.open(path)) for path in out.glob("0*.png")}
 
 
-def test_the_verb_draws_a_picture_whatever_is_listed_beside_it(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_verb_draws_a_image_whatever_is_listed_beside_it(tiny_base: Path, tmp_path: Path) -> None:
     def run(name: str, prompts: list[str], count: int, seed: int, batch_size: int = 1) -> dict[str, Any]:
         out = tmp_path / name
         sample(str(tiny_base), [], prompts, out, 3, 4.0, "ddim", seed, count, None, batch_size, "cpu")
@@ -149,9 +149,9 @@ def test_the_verb_draws_a_picture_whatever_is_listed_beside_it(tiny_base: Path, 
     assert not np.array_equal(alone["a-red-disc-6.png"], among["a-red-disc-5.png"])
     batched = run("batched", ["a blue ring", "a red disc", ""], 2, 5, 4)
     assert batched.keys() == among.keys()
-    for name, picture in batched.items():
-        assert picture.shape == (16, 16, 3)
-        assert np.abs(picture.astype(int) - among[name]).max() <= 1
+    for name, image in batched.items():
+        assert image.shape == (16, 16, 3)
+        assert np.abs(image.astype(int) - among[name]).max() <= 1
 
 
 @pytest.mark.parametrize("key", ["steps", "count", "batch_size"])
@@ -163,7 +163,7 @@ def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: st
     assert not (tmp_path / "out").exists()
 
 
-def test_estimates_of_the_picture_end_in_the_picture(family: StableDiffusion) -> None:
+def test_estimates_of_the_image_end_in_the_image(family: StableDiffusion) -> None:
     states: list[Tensor] = []
     estimates: list[Tensor] = []
     end = draw_start(

@@ -152,7 +152,7 @@ def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: 
 
 
 @torch.no_grad()
-def test_a_picture_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
+def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
     drawn = draw(family, [CAPTIONS[0]], [5], size=16, steps=3, guidance=4.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = pipe(
@@ -235,8 +235,8 @@ def test_the_vae_stays_in_float32(folder: Path, family: StableDiffusionXL) -> No
     pixels = family.decode(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(family.decode(x), pixels)
-        inside = family.encode_pictures(pixels)
-    assert torch.equal(inside["mean"], family.encode_pictures(pixels)["mean"])
+        inside = family.encode_images(pixels)
+    assert torch.equal(inside["mean"], family.encode_images(pixels)["mean"])
 
 
 def test_a_saved_folder_is_the_same_base(family: StableDiffusionXL, tmp_path: Path) -> None:

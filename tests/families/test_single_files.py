@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
+from loratune.families import architectures as known
 from loratune.families.found import CONFIGS_KEY, WEIGHTS, pipeline_name
 from loratune.families.load import (
     TELLING,
@@ -33,7 +34,6 @@ from loratune.families.load import (
 from loratune.families.pipelines import lora_metadata, pipeline_of
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.families.single_file import OLD_VAE_ATTENTION, canonical_keys, to_single_file
-from loratune.formats import architectures as known
 from loratune.formats.files import read_tensors, sha256_file, write_safetensors
 from loratune.formats.headers import read_header
 

@@ -122,7 +122,7 @@ def test_diffusers_loads_the_folder_and_computes_the_same(family: StableDiffusio
     network = pipeline.unet.to(memory_format=torch.channels_last)  # as ours, so that sums have one order
     assert torch.equal(family.denoise(x, t, {"text": told}), network(x, t, told).sample)
     pixels = random(2, 3, 16, 16).clamp(-1, 1)
-    posterior, encoded = pipeline.vae.encode(pixels).latent_dist, family.encode_pictures(pixels)
+    posterior, encoded = pipeline.vae.encode(pixels).latent_dist, family.encode_images(pixels)
     assert torch.equal(encoded["mean"], posterior.mean)
     assert torch.equal(encoded["logvar"], posterior.logvar)
     scale = pipeline.vae.config.scaling_factor
@@ -140,7 +140,7 @@ def test_the_noise_schedule_is_the_schedulers(family: StableDiffusion, pipeline:
     assert family.coefficients(torch.tensor([5]), torch.zeros(1, 1))[0].dtype == torch.float32
 
 
-# Pictures and text as what the network takes.
+# Images and text as what the network takes.
 
 
 @pytest.mark.parametrize("shift", [None, 0.3])

@@ -90,12 +90,10 @@ def test_what_a_layer_adds_is_the_formula_of_the_paper():
     torch.testing.assert_close(part.matrix(), 0.5 * part.up @ part.down)
     assert (part.rank, part.scale) == (3, 0.5)
     conv = layer(3, 4, 5, 1.5, torch.float16, kernel=3)
-    pictures = torch.randn(2, 4, 6, 6)
-    inside = torch.nn.functional.conv2d(pictures, conv.down.float(), padding=1)
+    images = torch.randn(2, 4, 6, 6)
+    inside = torch.nn.functional.conv2d(images, conv.down.float(), padding=1)
     expected = 0.5 * torch.nn.functional.conv2d(inside, conv.up.float())
-    found = torch.nn.functional.conv2d(
-        pictures, conv.matrix().reshape(conv.up.shape[0], *conv.down.shape[1:]), padding=1
-    )
+    found = torch.nn.functional.conv2d(images, conv.matrix().reshape(conv.up.shape[0], *conv.down.shape[1:]), padding=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert conv.matrix().dtype == torch.float32
 
@@ -213,9 +211,9 @@ def for_pipeline(pipeline, names, size) -> LoRAFile:
 @torch.no_grad()
 def outputs(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    picture, words = (torch.randn(shape, generator=generator).double() for shape in ((1, 4, 8, 8), (1, 5, 8)))
-    picture = pipeline.unet(picture, 7, encoder_hidden_states=words).sample
-    return picture, pipeline.text_encoder(torch.tensor([[1, 2, 3]])).last_hidden_state
+    image, words = (torch.randn(shape, generator=generator).double() for shape in ((1, 4, 8, 8), (1, 5, 8)))
+    image = pipeline.unet(image, 7, encoder_hidden_states=words).sample
+    return image, pipeline.text_encoder(torch.tensor([[1, 2, 3]])).last_hidden_state
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def test_keys_that_do_not_map_are_told_each(tmp_path):
 
 
 def test_tables_are_read_without_torch():
-    code = "import sys; from loratune.formats import lora_keys, lora_metadata; sys.exit('torch' in sys.modules)"
+    code = "import sys; from loratune.lora import keys, metadata; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -300,8 +300,8 @@ def test_a_token_alone_is_trained_saved_and_drawn_with(recipe: Path, tiny_base: 
     words = ["--base", str(tiny_base), "--prompt", "a <blob>", "--steps", "2", "--device", "cpu"]
     assert main(["sample", *words, "--embedding", str(path), "--out", str(tmp_path / "with")]) == 0
     assert main(["sample", *words, "--out", str(tmp_path / "without")]) == 0
-    pictures = [next((tmp_path / name).glob("000*.png")).read_bytes() for name in ("with", "without")]
-    assert pictures[0] != pictures[1]
+    images = [next((tmp_path / name).glob("000*.png")).read_bytes() for name in ("with", "without")]
+    assert images[0] != images[1]
 
 
 def test_a_resumed_run_has_the_same_rows(recipe: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_plan_says_what_the_run_then_has(recipe: Path, capsys: pytest.CaptureF
     assert told["frozen"] == sum(p.numel() for p in parameters if not p.requires_grad)
     assert told["steps"] == cli.trainer.global_step == 6
     assert told["batch"] == 4
-    assert told["pictures"] == 12
+    assert told["images"] == 12
     assert told["seconds"] == 3.0
     memory = told["memory"]
     assert memory["weights"] == 4 * told["frozen"]
@@ -230,9 +230,9 @@ def test_wrong_words_are_told(
     assert expected in capsys.readouterr().err
 
 
-def test_other_modules_are_refused(tmp_path: Path, pictures: Path) -> None:
+def test_other_modules_are_refused(tmp_path: Path, images: Path) -> None:
     recipe = tmp_path / "vae.yaml"
-    recipe.write_text(f"model: {{class_path: AutoencoderModule}}\ndata: {{path: {pictures}, size: 16}}\n")
+    recipe.write_text(f"model: {{class_path: AutoencoderModule}}\ndata: {{path: {images}, size: 16}}\n")
     with pytest.raises(UserError, match="plan knows LoRAModule and DiffusionModule, not AutoencoderModule"):
         make_plan(recipe, gpu=False)
 
@@ -268,7 +268,7 @@ def test_drawing_is_planned_where_something_is_drawn(recipe: Path) -> None:
     assert drawn.drawing > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
 
 
-def test_a_large_picture_is_decoded_in_more_memory_than_it_is_encoded_in(sdxl: Path) -> None:
+def test_a_large_image_is_decoded_in_more_memory_than_it_is_encoded_in(sdxl: Path) -> None:
     words = ["--trainer.precision", "bf16-mixed", "--samples.every_n_steps", "100"]
     made = make_plan(sdxl, gpu=True, words=words)
     assert made.drawing > made.encoding > 0

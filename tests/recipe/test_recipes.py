@@ -105,7 +105,7 @@ def test_a_missing_recipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        ("empty", "no pictures in this folder"),
+        ("empty", "no images in this folder"),
         ("caption", "have no caption: "),
         ("base", "a pickle can run any code"),
         ("truncated", "diffusion_pytorch_model.safetensors"),
@@ -113,7 +113,7 @@ def test_a_missing_recipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    recipe: Path, tiny_base: Path, pictures: Path, tmp_path: Path, spoil: str, expected: str, capsys: Any
+    recipe: Path, tiny_base: Path, images: Path, tmp_path: Path, spoil: str, expected: str, capsys: Any
 ) -> None:
     import shutil
 
@@ -122,9 +122,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (tmp_path / "empty").mkdir()
         words += ["--data.path", str(tmp_path / "empty")]
     elif spoil == "caption":
-        lines = (pictures / "metadata.jsonl").read_text().splitlines()
-        (pictures / "metadata.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-        expected = f"1 of 12 pictures {expected}{pictures}/11.png"
+        lines = (images / "metadata.jsonl").read_text().splitlines()
+        (images / "metadata.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+        expected = f"1 of 12 images {expected}{images}/11.png"
     elif spoil == "base":
         (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
         words += ["--model.base", str(tmp_path / "model.ckpt")]
@@ -143,12 +143,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.rglob("lora*.safetensors"))
 
 
-def test_unreadable_pictures_are_left_out_and_named(
-    recipe: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_unreadable_images_are_left_out_and_named(
+    recipe: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (pictures / "03.png").write_bytes(b"no picture")
+    (images / "03.png").write_bytes(b"no image")
     assert main(["fit", "-c", str(recipe), "--trainer.max_steps", "1"]) == 0
-    assert "1 of 12 pictures are unreadable and left out" in caplog.text
+    assert "1 of 12 images are unreadable and left out" in caplog.text
     assert "03.png" in caplog.text
     assert main(["fit", "-c", str(recipe), "--trainer.max_steps", "1", "--data.strict", "true"]) == 2
 

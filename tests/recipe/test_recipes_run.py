@@ -1,4 +1,4 @@
-"""Every shipped recipe trains two steps with its own keys; base, sizes and pictures alone are replaced."""
+"""Every shipped recipe trains two steps with its own keys; base, sizes and images alone are replaced."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def small_vae(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_trains_with_its_own_keys(
-    path: Path, tiny_base: Path, tiny_sdxl: Path, small_vae: Path, pictures: Path, tmp_path: Path
+    path: Path, tiny_base: Path, tiny_sdxl: Path, small_vae: Path, images: Path, tmp_path: Path
 ) -> None:
     shipped = yaml.safe_load(path.read_text())
     xl = "xl" in str(shipped["model"].get("base", ""))
@@ -70,7 +70,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
     stands = SMALL | {
         "base": str(tiny_sdxl if xl else tiny_base),
         "vae": str(small_vae),
-        "path": str(pictures),
+        "path": str(images),
         "size": size,
         "batch_size": 2,
     }
@@ -93,9 +93,9 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
 
 
 @pytest.mark.parametrize("name", ["character", "sd15-style", "concept-token", "sdxl-qlora"])
-def test_a_recipe_trains_the_embedded_base(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_the_embedded_base(name: str, images: Path, tmp_path: Path) -> None:
     shipped = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-    stands = {"base": "builtin:emoji-64", "path": str(pictures), "size": 16, "batch_size": 2}
+    stands = {"base": "builtin:emoji-64", "path": str(images), "size": 16, "batch_size": 2}
     settings = stand_in(shipped, stands)
     assert keys_of(settings) == keys_of(shipped)
     out = placed(settings, tmp_path)

@@ -48,12 +48,12 @@ def killing() -> Any:
 @pytest.fixture(scope="module")
 def trials(killing: Any, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("trials")
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for number in range(12):
-        Image.new("RGB", (16, 16), (20 * number, 100, 0)).save(pictures / f"{number:02d}.png")
-        (pictures / f"{number:02d}.txt").write_text(f"colour {number}")
-    return killing.Trials(folder, tiny_base, pictures, 8)
+        Image.new("RGB", (16, 16), (20 * number, 100, 0)).save(images / f"{number:02d}.png")
+        (images / f"{number:02d}.txt").write_text(f"colour {number}")
+    return killing.Trials(folder, tiny_base, images, 8)
 
 
 @pytest.mark.parametrize("kind", ["write", "encoding", "end", "random-1", "random-2", "random-3"])
@@ -253,8 +253,8 @@ def test_another_recipe_is_refused_unless_it_is_allowed(
     assert read_checkpoint(last)["global_step"] == 6
 
 
-def test_other_pictures_or_another_base_are_refused(
-    recipe: Path, pictures: Path, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+def test_other_images_or_another_base_are_refused(
+    recipe: Path, images: Path, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(recipe, "--trainer.max_steps", "2") == 0
     moved = shutil.copytree(tiny_base, tmp_path / "moved")
@@ -264,13 +264,13 @@ def test_other_pictures_or_another_base_are_refused(
     save_file({name: value + 1e-3 for name, value in held.items()}, weights)
     assert fit(recipe, "--ckpt_path", "last", "--model.base", str(moved)) == 2
     assert "is of another run: model.base: " in capsys.readouterr().err
-    (pictures / "00.png").unlink()
-    lines = (pictures / "metadata.jsonl").read_text().splitlines()
-    (pictures / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (images / "00.png").unlink()
+    lines = (images / "metadata.jsonl").read_text().splitlines()
+    (images / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert fit(recipe, "--ckpt_path", "last") == 2
     said = capsys.readouterr().err
-    assert "is of another run: data.path: 12 pictures and 0 held out (" in said
-    assert "-> 11 pictures and 0 held out (" in said
+    assert "is of another run: data.path: 12 images and 0 held out (" in said
+    assert "-> 11 images and 0 held out (" in said
     assert fit(recipe, "--ckpt_path", "last", "--run.allow", "[data.path]") == 0
 
 

@@ -63,7 +63,7 @@ def test_a_bad_step_touches_nothing_and_is_counted(
     assert any(not torch.equal(value, later["state_dict"][name]) for name, value in after["state_dict"].items())
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/skipped_steps")
     assert [event.value for event in events] == [0, 0, 1, 1]
-    assert "step 3: NaN or Inf in the loss or the gradients; the step was skipped (pictures: " in caplog.text
+    assert "step 3: NaN or Inf in the loss or the gradients; the step was skipped (images: " in caplog.text
 
 
 def test_the_run_stops_after_too_many_bad_steps_in_a_row(

@@ -24,7 +24,7 @@ from loratune.training.randomness import Share, SharedDropout, dropout, share_dr
 LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"
 WORDS = ["--model.objective", "{caption_dropout: 0.3, offset_noise: 0.1}", "--trainer.callbacks+", "EMA"]
 WORDS += ["--trainer.callbacks+", "gradients.Gradients", "--data.buckets", "{step: 8, smallest: 8, largest: 32}"]
-SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of pictures in turn
+SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of images in turn
 STEPS = 6
 TWO = ["--trainer.devices", "2", "--trainer.strategy"]
 
@@ -36,7 +36,7 @@ def free_port() -> str:
 
 
 def command(recipe: Path, out: Path, batch: int, *words: str) -> list[str]:
-    """A run in a folder, with so many pictures a batch for each process."""
+    """A run in a folder, with so many images a batch for each process."""
     text = recipe.read_text().replace("{rank: 4, alpha: 8, targets: cross-attention}", LORA)
     own = out.with_suffix(".yaml")
     own.write_text(text.replace("batch_size: 4", f"batch_size: {batch}"))
@@ -86,12 +86,12 @@ def close(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(
-    recipe: Path, pictures: Path, tmp_path: Path, slurm: dict[str, str], strategy: str
+    recipe: Path, images: Path, tmp_path: Path, slurm: dict[str, str], strategy: str
 ) -> None:
     """The same gradients in each step, with batches of several sizes."""
-    for path, size in zip(sorted(pictures.glob("*.png")), SIZES * 2, strict=True):
-        with Image.open(path) as picture:
-            picture.resize(size).save(path)
+    for path, size in zip(sorted(images.glob("*.png")), SIZES * 2, strict=True):
+        with Image.open(path) as image:
+            image.resize(size).save(path)
     one, two = tmp_path / "one", tmp_path / "two"
     run([*LORATUNE, *command(recipe, one, 4)])
     # The second half is launched in another way, and goes on in the middle of an epoch.
@@ -117,7 +117,7 @@ def test_two_processes_train_what_one_trains(
         assert any(bool(value.any()) for value in first.values())
         for key, value in first.items():
             assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-6), (step, key)
-    # Each process encoded its share of the pictures.
+    # Each process encoded its share of the images.
     assert len(list((tmp_path / "two-cache").rglob("*.safetensors"))) == 12
 
 

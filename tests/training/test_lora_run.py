@@ -85,7 +85,7 @@ def test_a_run_leaves_a_lora_with_its_recipe(recipe: Path, tmp_path: Path, tiny_
     assert file.metadata["loratune.base"] == str(tiny_base)
     assert len(file.metadata["loratune.base_hash"]) == 64
     assert file.metadata["ss_network_dim"] == "4"
-    tags = json.loads(file.metadata["ss_tag_frequency"])["pictures"]
+    tags = json.loads(file.metadata["ss_tag_frequency"])["images"]
     assert 6 <= sum(tags.values()) <= 12
     assert all(tag.startswith("a ") for tag in tags)
     assert file.metadata["modelspec.resolution"] == "16x16"

@@ -297,9 +297,9 @@ def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
     assert module.family.network.is_gradient_checkpointing
 
 
-def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent.parent / "recipes" / "sdxl-qlora.yaml"
-    words = ["--model.base", str(tiny_base), "--data.path", str(pictures), "--data.size", "16"]
+    words = ["--model.base", str(tiny_base), "--data.path", str(images), "--data.size", "16"]
     words += ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator"]
     cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache", str(tmp_path / "cache")])
     assert cli.trainer.global_step == 2

@@ -129,11 +129,11 @@ def test_nonsense_pairs_are_refused(tiny_base: Path) -> None:
     ],
     ids=["pixels", "vae", "text"],
 )
-def test_every_module_is_trained_and_resumed_to_the_bit(tmp_path: Path, pictures: Path, kind: str, init: str) -> None:
-    whole = fit(tmp_path, pictures, kind, init)
-    half = fit(tmp_path, pictures, kind, init, "half", 2)
+def test_every_module_is_trained_and_resumed_to_the_bit(tmp_path: Path, images: Path, kind: str, init: str) -> None:
+    whole = fit(tmp_path, images, kind, init)
+    half = fit(tmp_path, images, kind, init, "half", 2)
     again = ["--ckpt_path", str(half / "checkpoints" / "last.ckpt")]
-    fit(tmp_path, pictures, kind, init, "half", 4, *again)
+    fit(tmp_path, images, kind, init, "half", 4, *again)
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, half)]
     assert states[0]["global_step"] == states[1]["global_step"] == 4
     assert all(
@@ -141,26 +141,26 @@ def test_every_module_is_trained_and_resumed_to_the_bit(tmp_path: Path, pictures
     )
 
 
-def test_a_vae_is_trained_by_recipe_with_unit_latents(tmp_path: Path, pictures: Path) -> None:
-    out = fit(tmp_path, pictures, "AutoencoderModule", "{channels: [16, 16]}")
+def test_a_vae_is_trained_by_recipe_with_unit_latents(tmp_path: Path, images: Path) -> None:
+    out = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}")
     assert load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
     from diffusers import AutoencoderKL
     from PIL import Image
 
     vae = AutoencoderKL.from_pretrained(out / "vae")
-    files = sorted(pictures.glob("*.png"))
+    files = sorted(images.glob("*.png"))
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
     with torch.no_grad():
         latents = vae.encode(normalise(pixels)).latent_dist.mean * vae.config["scaling_factor"]
     assert 0.7 < float(latents.std()) < 1.4
 
 
-def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, pictures: Path) -> None:
-    vae = fit(tmp_path, pictures, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
+def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, images: Path) -> None:
+    vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
     base = f"{{vae: {vae}, channels: [16, 16], heads: [2, 2], text_width: 16, text_layers: 1, latent_size: 8}}"
     init = f"{{trainable: [unet, text_encoder], base: {{class_path: NewStableDiffusion, init_args: {base}}}}}"
     cache = ["--data.cache", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
-    out = fit(tmp_path, pictures, "DiffusionModule", init, "ldm", 4, *cache)
+    out = fit(tmp_path, images, "DiffusionModule", init, "ldm", 4, *cache)
     made = load_family(str(out / "base-4"))
     average = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
     weight = average["family.network.conv_in.weight"].half().float()
@@ -240,9 +240,9 @@ def test_the_contrastive_loss_is_transformers_own() -> None:
     assert torch.allclose(made, wanted.loss, atol=1e-6)
 
 
-def test_a_text_encoder_is_trained_by_recipe_and_taken_over(tmp_path: Path, pictures: Path) -> None:
-    out = fit(tmp_path, pictures, "ContrastiveModule", "{size: 16, width: 32, layers: 1}", "clip")
-    vae = fit(tmp_path, pictures, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
+def test_a_text_encoder_is_trained_by_recipe_and_taken_over(tmp_path: Path, images: Path) -> None:
+    out = fit(tmp_path, images, "ContrastiveModule", "{size: 16, width: 32, layers: 1}", "clip")
+    vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
     family = NewStableDiffusion(vae, (16, 16), (2, 2), text_encoder=out / "text_encoder", text_width=32)
     state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = next(value for key, value in state.items() if key.endswith("token_embedding.weight"))

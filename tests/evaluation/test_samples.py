@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from loratune.cli.main import main
-from loratune.training import samples
+from loratune.evaluation import samples
 
 WORDS = ["--samples.every_n_steps", "6", "--samples.steps", "2", "--samples.prompts", "[a red disc, a blue disc]"]
 
@@ -58,7 +58,7 @@ def test_one_weight_is_drawn_as_it_is(recipe: Path, tmp_path: Path) -> None:
             "samples.weights has 0.5: with lora.init pissa",
         ),
         (["--evaluation.levels", "0"], "evaluation.levels is 0; give 1 to 100"),
-        (["--evaluation.pictures", "-1"], "evaluation.pictures is -1; give 0 to"),
+        (["--evaluation.images", "-1"], "evaluation.images is -1; give 0 to"),
     ],
 )
 def test_bad_weights_are_one_line(recipe: Path, capsys: Any, words: list[str], expected: str) -> None:
