@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -12,7 +11,6 @@ from loratune.errors import UserError
 from loratune.families.found import configs_of_file, find_base
 from loratune.families.load import layer_names, load_family
 from loratune.families.sd import StableDiffusion
-from loratune.lora.file import LoRAFile
 from loratune.lora.merge.memory import merge_into, parse_weighted
 from loratune.lora.tokens import put_embedding
 
@@ -38,7 +36,7 @@ def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: S
     loras = [parse_weighted(text, names) for text in lora]
     merge_into(family.components(), loras)
     for one in loras:
-        family.follow(cast(LoRAFile, one.file).metadata)
+        family.follow(one.file.metadata)
     for file in embedding:
         put_embedding(file, family.text_parts())
     return family.requires_grad_(False).eval().to(pick_device(device))

@@ -16,7 +16,7 @@ from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.load import base_hash, configs_of, lora_metadata, save_diffusers_folder
 from loratune.families.sd import StableDiffusion
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.metadata import standard_metadata, tag_frequency
 from loratune.lora.tokens import Embedding, write_embedding
 from loratune.lora.verify import verify

@@ -17,7 +17,7 @@ from loratune.families.save import configs_of
 from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.lora.file import read_lora
 from loratune.lora.inject import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.memory import Memory

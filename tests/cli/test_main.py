@@ -15,7 +15,7 @@ from PIL import Image
 
 from loratune.cli.main import RECIPE_VERBS, VERBS, main
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 

@@ -28,7 +28,7 @@ from loratune.families.architectures import (
 )
 from loratune.families.single_file import canonical_text_keys
 from loratune.formats.headers import Header, TensorInfo
-from loratune.lora.names import kohya_names
+from loratune.lora.tables.kohya import kohya_names
 
 DATA = Path(__file__).parent.parent / "headers"
 Shapes = dict[str, tuple[int, ...]]
@@ -315,6 +315,8 @@ def test_a_file_that_tells_nothing_has_no_name() -> None:
 
 
 def test_headers_are_read_without_torch() -> None:
-    modules = "architectures, found, layouts, unsupported"
-    code = f"import sys; from loratune.families import {modules}; from loratune.lora import names; sys.exit('torch' in sys.modules)"
+    modules = (
+        "from loratune.families import architectures, found, layouts, unsupported; from loratune.lora import names"
+    )
+    code = f"import sys; {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

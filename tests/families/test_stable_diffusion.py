@@ -19,7 +19,7 @@ from loratune.families.load import configs_of, load_family, weights_of
 from loratune.families.sd import NewStableDiffusion, StableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.merge.run import merge
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]

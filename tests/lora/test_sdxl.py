@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from loratune.families.architectures import canonical_text_name, module_names
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 

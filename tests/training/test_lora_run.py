@@ -19,7 +19,10 @@ from loratune.families.load import load_family
 from loratune.families.pipelines import layer_names
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.recipe.parse import run as run_recipe
 from loratune.training.export import verify

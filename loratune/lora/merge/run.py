@@ -1,6 +1,6 @@
 """`loratune merge`: LoRAs added to a checkpoint, or taken out again.
 
-numpy is loaded while the copy is under way; torch is not at all, unless a LoRA is of a kind that needs it.
+numpy is loaded while the copy is under way; torch is not at all, but for 8-bit numbers.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
-from loratune.families.architectures import module_names, original_names
+from loratune.families.architectures import module_names
 from loratune.families.found import PIPELINE_PARTS, WEIGHTS, find_base
 from loratune.formats.atomic import atomic_folder, atomic_path
 from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
+from loratune.lora.keys import describe_keys
 from loratune.lora.merge.report import Bar, report_of, show
-from loratune.lora.merge.request import Request, check_blocks, mentioned, parse, weight_files
+from loratune.lora.merge.request import Request, check_blocks, parse, weight_files
 from loratune.lora.merge.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratune.lora.file import LoRAFile
-    from loratune.lora.merge.match import AnyLayer, Matches, Weighted
-    from loratune.lora.merge.stream import Tally
-    from loratune.lora.plain import PlainFile
+    from loratune.lora.merge.arithmetic import Tally
+    from loratune.lora.merge.match import Matches, Weighted
 
 MERGES_KEY = "loratune.merged"
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -97,8 +96,8 @@ def noted(metadata: Mapping[str, str], note: Mapping[str, Any]) -> dict[str, str
     return {**metadata, MERGES_KEY: jsons.dumps([*merges, note])}
 
 
-class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the LoRAs' keys was wrong)
-    """Other components are changed than was thought when writing began."""
+class _OtherParts(Exception):  # noqa: N818 (it is no error)
+    """Other components are changed than the LoRAs' keys said: layers of zeros among them, or weights of 0."""
 
     def __init__(self, parts: set[str]) -> None:
         self.parts = parts
@@ -106,9 +105,9 @@ class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the 
 
 def _streamed(asked: Request) -> dict[str, Any]:
     """Merge into what the base is: a file into a file, a folder into a folder."""
-    keys = [key for one in asked.given for key in read_header(one.path).tensors]
-    originals = original_names(asked.configs)
-    guessed = mentioned(keys, {name: originals.get(name, name) for name in asked.slots})
+    names = module_names(asked.configs)
+    layers = {name for one in asked.given for name in describe_keys(read_header(one.path), names).layers}
+    guessed = layers & asked.slots.keys()
     parts = {""} if asked.path.is_file() else {name.split(".")[0] for name in guessed}
     try:
         return _attempt(asked, guessed, parts)
@@ -212,28 +211,18 @@ def _load_numpy() -> None:
             os.environ[BLAS_THREADS] = before
 
 
-def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted[AnyLayer]], Matches[AnyLayer]]:
+def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted], Matches]:
     """The LoRAs, read, and their layers in the base."""
+    from loratune.lora.file import read_layers
     from loratune.lora.merge.match import Weighted, terms_by_layer
 
     names = module_names(asked.configs)
-    loras: list[Weighted[AnyLayer]] = [Weighted(one, _read(one.path, names)) for one in asked.given]
+    loras = [Weighted(one, read_layers(one.path, names, partial=asked.allow_partial)) for one in asked.given]
     for one in loras if asked.unmerge else []:
         if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
             told = "is a DoRA, whose change depends on the W_0 that is wanted back"
             raise UserError(f"{one.path}: {dora[0]} {told}; it cannot be unmerged")
     return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
-
-
-def _read(path: Path, names: Sequence[str]) -> PlainFile | LoRAFile:
-    """A LoRA, by torch only where it is more than plain, or has a fault that must be told."""
-    from loratune.lora.plain import read_plain
-
-    if (plain := read_plain(path, names)) is not None:
-        return plain
-    from loratune.lora.file import read_lora
-
-    return read_lora(path, names)
 
 
 def _converted(asked: Request) -> dict[str, Any]:
@@ -243,7 +232,7 @@ def _converted(asked: Request) -> dict[str, Any]:
     from loratune.families.load import read_single_file, write_single_file
     from loratune.families.save import write_settings
     from loratune.formats.files import dtype_name, write_safetensors
-    from loratune.lora.merge.stream import checked
+    from loratune.lora.merge.arithmetic import checked
 
     path = asked.path
     configs, weights = (asked.configs, _read_folder(asked)) if path.is_dir() else read_single_file(path)

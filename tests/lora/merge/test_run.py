@@ -29,7 +29,10 @@ from loratune.formats.files import read_tensors, write_safetensors
 from loratune.formats.headers import read_header
 from loratune.formats.numbers import spacing
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.merge.request import within
 from loratune.lora.merge.run import MERGES_KEY, merge
 
