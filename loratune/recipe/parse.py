@@ -53,9 +53,9 @@ SHORT_NAMES = (
 """Imported so that recipes can name them without their modules."""
 
 SECTIONS = {
+    "export": Export,  # first: a run's result is on disk before anything is sampled, compared or drawn at its end
     "samples": SampleGrid,
     "evaluation": Evaluate,
-    "export": Export,
     "checkpoint": Checkpoints,
     "run": Run,
     "guard": Guard,

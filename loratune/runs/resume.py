@@ -14,7 +14,6 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from loratune import __version__
@@ -185,7 +184,7 @@ class Run(L.Callback):
 
 
 class Finish(L.Callback):
-    """Does the end of a run whose last step was made, and that was killed before all was compared, drawn and saved.
+    """Does the end of a run whose last step was done, and that was killed before all was saved, compared and sampled.
 
     Lightning begins no training where no step is left, and so would end none. To come before all other callbacks.
     """
@@ -200,6 +199,8 @@ class Finish(L.Callback):
         if self._began or not trainer.ckpt_path or not trainer.fit_loop.done:
             return
         trainer.training = True
+        pl_module.to(trainer.strategy.root_device)  # Lightning has taken it off, as where a run has ended
         for hook in ("on_train_start", "on_train_end"):
-            _call_callback_hooks(trainer, hook)
-            _call_lightning_module_hook(trainer, hook)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                getattr(callback, hook)(trainer, pl_module)
+            getattr(pl_module, hook)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from loratune.diffusion.objective import psnr
 from loratune.formats.images import normalise
+from loratune.training.export import Target
 from loratune.training.randomness import training_generator
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
@@ -109,6 +111,13 @@ class AutoencoderModule(L.LightningModule):
             for batch in islice(batches, most)
         ]
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(encoded).std()), 5))
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the VAE as diffusers' folder vae/, with its scaling factor."""
+        folder = target.folder / "vae"
+        self.set_scale(self.trainer.train_dataloader or [])
+        self.vae.save_pretrained(folder)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.vae.parameters(), self.optimizer, self.schedule)

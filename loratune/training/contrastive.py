@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from loratune.families.sd import TOKENIZER, text_config
 from loratune.families.single_file import canonical_text_keys, module_text_keys
 from loratune.formats.images import normalise
+from loratune.training.export import Target
 from loratune.training.schedules import Schedule, optimizer_and_schedule
 
 
@@ -83,6 +85,12 @@ class ContrastiveModule(L.LightningModule):
         held = canonical_text_keys(self.clip.text_model.state_dict())
         made.load_state_dict(module_text_keys(held, made.state_dict().keys()))
         return made
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the text encoder as transformers' folder text_encoder/."""
+        folder = target.folder / "text_encoder"
+        self.text_encoder().save_pretrained(folder)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.schedule)
