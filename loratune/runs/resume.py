@@ -13,13 +13,12 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from loratune import __version__
 from loratune.errors import UserError
 from loratune.families.load import base_hash
 from loratune.runs.checkpoints import read_checkpoint
+from loratune.runs.loggers import add_history, begin
 from loratune.training.randomness import restore, seed_dropout, states
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ TRAINER = (
 FREE = ("model.base", "data.path", "data.cache", "data.workers", "data.strict")
 PLACES = ("path", "masks")
 SHOWN = 3
+OPTIONS = "model.optimizer.init_args."
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -135,9 +135,12 @@ class Run(L.Callback):
         self.recipe = ""
         self._base: Future[str] | None = None
         self._states: list[dict[str, Any]] | None = None
+        self._changed: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin to hash the base: gigabytes, while the run is set up."""
+        """Keep what is logged, and begin to hash the base: gigabytes, while the run is set up."""
+        if stage == "fit":
+            add_history(trainer)
         if stage == "fit" and self._base is None:
             self._base = ThreadPoolExecutor(1).submit(base_hash, str(getattr(pl_module, "base_name", "")))
 
@@ -165,13 +168,20 @@ class Run(L.Callback):
         found += differences(told["made_of"], made, self.allow)
         refuse_differences(str(trainer.ckpt_path), found)
         self._states = told["generators"]
+        self._changed = [line.partition(":")[0] for line in differences(told["recipe"], what_matters(self.recipe))]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """TensorBoard does not show what another run logged after the step that is gone on from."""
-        for logger in trainer.loggers if self._states is not None else ():
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                start = Event(session_log=SessionLog(status=SessionLog.START), step=trainer.global_step + 1)
-                logger.experiment._get_file_writer().add_event(start)
+        """What is logged, and what the optimizer is asked for, is this run's from here on."""
+        begin(trainer, self._states is not None)
+        self._take_options(trainer)
+
+    def _take_options(self, trainer: L.Trainer) -> None:
+        """Let the optimizer have what the recipe changed of its own; the rates are the schedule's to set."""
+        names = {key.removeprefix(OPTIONS) for key in self._changed if key.startswith(OPTIONS)} - {"lr"}
+        for optimizer in trainer.optimizers:
+            for name in names & optimizer.defaults.keys():
+                for group in optimizer.param_groups:
+                    group[name] = optimizer.defaults[name]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -18,7 +18,7 @@ from loratune.diffusion.objective import psnr
 from loratune.formats.images import normalise
 from loratune.training.export import Target
 from loratune.training.randomness import training_generator
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import Schedule, of_step, optimizer_and_schedule
 
 
 def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int = 3) -> Tensor:
@@ -92,7 +92,7 @@ class AutoencoderModule(L.LightningModule):
         loss = pixel + self.detail_weight * detail + self.kl_weight * kl
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/l1": pixel, "train/detail": detail, "train/kl": kl})
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x = normalise(batch["pixels"])

@@ -16,7 +16,7 @@ from loratune.families.sd import TOKENIZER, text_config
 from loratune.families.single_file import canonical_text_keys, module_text_keys
 from loratune.formats.images import normalise
 from loratune.training.export import Target
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import Schedule, of_step, optimizer_and_schedule
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class ContrastiveModule(L.LightningModule):
         images, texts = self.similarity(batch)
         loss = contrastive_loss(images, texts, self.clip.logit_scale.exp().clamp(max=100))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(texts))
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, texts = self.similarity(batch)

@@ -22,7 +22,7 @@ from loratune.training.export import Target
 from loratune.training.memory import Memory, release
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
-from loratune.training.schedules import EvaluationWeights, Schedule, optimizer_and_schedule
+from loratune.training.schedules import EvaluationWeights, Schedule, of_step, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -175,7 +175,7 @@ class DiffusionModule(L.LightningModule):
         if share.count != share.total:
             loss = loss * share.weight(self.trainer.world_size)
         self.log("train/loss", loss, prog_bar=True, batch_size=share.count, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._held_out(batch, batch_idx, "val")
