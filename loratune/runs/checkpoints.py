@@ -49,11 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-        except (
-            OSError,
-            RuntimeError,
-            UnwritableError,
-        ) as error:  # torch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError, UnwritableError) as error:  # RuntimeError: a full disk, by torch's writer
             self.failed.add(str(path))
             said = " ".join(str(error).split()).removeprefix(f"{path}: ")
             log.warning("%s: this checkpoint was not saved (%s); training goes on, earlier ones stay", path, said)
