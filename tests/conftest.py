@@ -135,6 +135,7 @@ trainer:
   default_root_dir: {out}
   max_steps: {steps}
   accelerator: cpu
+  precision: 32-true
   enable_progress_bar: false
   enable_model_summary: false
   log_every_n_steps: 1

@@ -27,6 +27,7 @@ trainer:
   default_root_dir: {out}
   max_steps: {steps}
   accelerator: cpu
+  precision: 32-true
   accumulate_grad_batches: 2
   enable_progress_bar: false
   log_every_n_steps: 1
