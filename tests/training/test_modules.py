@@ -27,7 +27,8 @@ from loratune.training.randomness import generator
 from loratune.training.schedules import Schedule
 
 PIXELS = """\
-trainer: {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, precision: 32-true, enable_progress_bar: false}}
+trainer:
+  {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, precision: 32-true, enable_progress_bar: false}}
 model:
   class_path: {model}
   init_args: {init}
