@@ -28,9 +28,7 @@ def test_a_gpu_without_bfloat16_gets_float16(units: bool, name: str, monkeypatch
     assert [fast_precision(accelerator) for accelerator in ("auto", "gpu", "cuda")] == [name] * 3
 
 
-def test_the_recipe_decides_and_the_device_where_it_says_nothing(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_decides_and_the_device_where_it_says_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
     assert run(["-c", str(recipe)], execute=False).trainer.precision == "32-true"
     recipe.write_text(recipe.read_text().replace("  precision: 32-true\n", ""))
