@@ -32,7 +32,7 @@ def test_data_tells_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pyt
     assert told["sources"][0]["held_out"] == 0
     assert told["buckets"] == {"16x16": 12}
     assert told["findings"][0]["names"]
-    assert main(["data", str(recipe), "--data.sise", "3"]) == 2
+    assert main(["data", str(recipe), "--data.resolutoin", "3"]) == 2
     assert "did you mean 'data.resolution'" in capsys.readouterr().err
 
 

@@ -279,7 +279,7 @@ def test_colours_change_where_images_are_encoded_on_the_fly(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule
 ) -> None:
     folder = str(fill(tmp_path / "p", [(16, 16)] * 4))
-    with pytest.raises(ValueError, match=r"data\.augment\.brightness is 0\.3: .*set data\.on_the_fly: true"):
+    with pytest.raises(ValueError, match=r"data\.augment\.brightness is 0\.3: .*set data\.cache_latents: false"):
         make(path=folder, augment=Augment(brightness=0.3))
     plain, varied = (
         make(path=folder, cache_latents=False, augment=augment) for augment in (Augment(), Augment(brightness=0.3))

@@ -16,6 +16,7 @@ from loratune.errors import UserError
 from loratune.families.family import join_conditions, repeat_condition
 from loratune.families.found import builtin_names, find_base
 from loratune.families.load import configs_of, load_family, weights_of
+from loratune.families.save import save_diffusers_folder
 from loratune.families.sd import NewStableDiffusion, StableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
@@ -65,7 +66,7 @@ def refused(name: str | Path) -> str:
 
 
 def test_a_folder_is_written_and_read_without_loss(family: StableDiffusion, tmp_path: Path) -> None:
-    family.save_folder(tmp_path / "copy", torch.float32)
+    save_diffusers_folder(family, tmp_path / "copy", torch.float32)
     again = load_family(str(tmp_path / "copy"))
     assert same_weights(family, again)
     assert configs_of(family) == configs_of(again)
@@ -74,7 +75,7 @@ def test_a_folder_is_written_and_read_without_loss(family: StableDiffusion, tmp_
 
 
 def test_a_folder_of_halves_is_the_weights_rounded_once(family: StableDiffusion, tmp_path: Path) -> None:
-    family.save_folder(tmp_path / "half")
+    save_diffusers_folder(family, tmp_path / "half")
     again = load_family(str(tmp_path / "half"))
     assert same_weights(family, again, torch.float16)
     assert next(again.network.parameters()).dtype == torch.float32
@@ -85,7 +86,7 @@ def test_a_folder_of_halves_is_the_weights_rounded_once(family: StableDiffusion,
 
 def test_a_folder_that_is_there_is_not_overwritten(family: StableDiffusion, tiny_base: Path) -> None:
     with pytest.raises(UserError, match="not an empty folder"):
-        family.save_folder(tiny_base)
+        save_diffusers_folder(family, tiny_base)
 
 
 def test_a_single_file_is_the_same_base(family: StableDiffusion, tiny_base: Path, tmp_path: Path) -> None:
