@@ -68,7 +68,7 @@ def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
     """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
     values = []
     for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
-        x = family.start(family.encode_images(part), None)
+        x = family.x_0(family.encode_images(part), None)
         values.append(psnr(family.decode(x), part))
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
@@ -81,7 +81,7 @@ def draw_all(
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [seed + start + i for i in range(len(part))]
-        made.append(sample_images(family, part, seeds, size, steps, guidance_scale).cpu())
+        made.append(sample_images(family, part, seeds, size, size, steps, guidance_scale).cpu())
     return torch.cat(made)
 
 
@@ -100,7 +100,7 @@ def measure_nearest(
     chosen = torch.randperm(len(captions), generator=random)[:samples]
     made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
     rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
-    return rates | {"samples": len(chosen), "guidance": guidance_scale, "steps": steps}
+    return rates | {"samples": len(chosen), "guidance_scale": guidance_scale, "steps": steps}
 
 
 def measure_style(
