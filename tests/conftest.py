@@ -147,10 +147,10 @@ model:
     init_args: {{lr: 1.0e-2}}
 data:
   path: {data}
-  size: 16
+  resolution: 16
   batch_size: 4
   validation_percent: 25
-  cache: {cache}
+  cache_dir: {cache}
 samples:
   every_n_steps: 0
 evaluation:

@@ -157,8 +157,8 @@ class RecipeCLI(LightningCLI):
             config.trainer.strategy, lambda key: config.get(f"model.{key}") or config.get(f"model.init_args.{key}")
         )
         memory = config.get("model.memory") or config.get("model.init_args.memory")
-        check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
-        check_format(config.export.format, config.get("model.lora.kind") or config.get("model.init_args.lora.kind"))
+        check_samples(getattr(memory, "unload_encoders", False), config.samples.every_n_steps)
+        check_format(config.export.format, config.get("model.lora.type") or config.get("model.init_args.lora.type"))
         prompts, token = (
             config.get(f"model.{key}") or config.get(f"model.init_args.{key}") for key in ("prompts", "tokens")
         )
