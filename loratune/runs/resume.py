@@ -30,7 +30,7 @@ TRAINER = (
     *("limit_train_batches", "overfit_batches", "precision", "strategy"),
 )
 # Compared by what they hold, or without influence on what is computed.
-FREE = ("model.base", "data.path", "data.cache", "data.workers", "data.strict")
+FREE = ("model.base", "data.path", "data.cache_dir", "data.num_workers", "data.strict")
 PLACES = ("path", "masks")
 SHOWN = 3
 OPTIONS = "model.optimizer.init_args."
@@ -81,7 +81,7 @@ def refuse_differences(checkpoint: str, found: list[str]) -> None:
     keys = ", ".join(line.partition(":")[0] for line in found)
     raise UserError(
         f"{checkpoint}: is of another run: {'; '.join(found[:SHOWN])}{more}; "
-        f"undo the change, train anew in another folder, or allow it by run.allow: [{keys}]"
+        f"undo the change, train anew in another folder, or allow it by run.allow_changed: [{keys}]"
     )
 
 
@@ -126,12 +126,12 @@ class Run(L.Callback):
 
     Args:
         overwrite: replace the run that the folder holds; its checkpoints, curves and LoRAs are deleted.
-        allow: keys that may differ from those of the checkpoint that is gone on from, each with all below it, such
-            as model.objective; how long, where to and how often may always differ.
+        allow_changed: keys that may differ from the checkpoint's on a resume, each with all below it, such as
+            model.objective; how long, where to and how often may always differ.
     """
 
-    def __init__(self, overwrite: bool = False, allow: tuple[str, ...] = ()) -> None:
-        self.overwrite, self.allow = overwrite, tuple(allow)
+    def __init__(self, overwrite: bool = False, allow_changed: tuple[str, ...] = ()) -> None:
+        self.overwrite, self.allow_changed = overwrite, tuple(allow_changed)
         self.recipe = ""
         self._base: Future[str] | None = None
         self._states: list[dict[str, Any]] | None = None
@@ -164,8 +164,8 @@ class Run(L.Callback):
         if told is None or trainer.state.fn != "fit":
             return
         made = self._made_of(trainer)
-        found = differences(told["recipe"], what_matters(self.recipe), self.allow)
-        found += differences(told["made_of"], made, self.allow)
+        found = differences(told["recipe"], what_matters(self.recipe), self.allow_changed)
+        found += differences(told["made_of"], made, self.allow_changed)
         refuse_differences(str(trainer.ckpt_path), found)
         self._states = told["generators"]
         self._changed = [line.partition(":")[0] for line in differences(told["recipe"], what_matters(self.recipe))]

@@ -81,7 +81,7 @@ class Export(L.Callback):
             told = f"only a LoRA is written before the end, and the model is {type(pl_module).__name__}"
             raise UserError(f"export.every_n_steps is {self.every_n_steps}: {told}; set export.every_n_steps: 0")
         if (adapter := getattr(pl_module, "lora", None)) is not None:
-            check_format(self.format, adapter.kind)
+            check_format(self.format, adapter.type)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
