@@ -211,7 +211,7 @@ def test_class_numbers_are_no_captions(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_of_splits_names_them(tmp_path: Path) -> None:
     rows = hf.Dataset.from_dict({"text": ["a"]})
     hf.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(UserError, match="holds the datasets test, train; give one of them, such as .*test"):
+    with pytest.raises(UserError, match=r"holds the datasets test, train; give one of them, such as .*test"):
         read_source(str(tmp_path / "saved"))
 
 
