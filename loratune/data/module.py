@@ -133,10 +133,18 @@ class CaptionedImages(L.LightningDataModule):
             UserError: a source is empty, an image has no caption, or a mask has another size than its image.
         """
         collection = self.collection
+        if warn:
+            self._tell_skipped(collection)
         self._check_captions(collection, warn)
         for number, masks in enumerate(collection.masks):
             if masks is not None:
                 self._check_masks(number, collection, warn)
+
+    def _tell_skipped(self, collection: Collection) -> None:
+        for config, source in zip(self.sources, collection.sources, strict=True):
+            if source.skipped:
+                names = _listed([f"{name} ({reason})" for name, reason in source.skipped.items()])
+                log.warning("%s: %d files are not used: %s", config.path, len(source.skipped), names)
 
     def _check_captions(self, collection: Collection, warn: bool) -> None:
         missing = [name for source in collection.sources for name in source.without_caption()]
