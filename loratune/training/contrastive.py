@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from loratune.families.sd import TOKENIZER, text_config
 from loratune.families.single_file import canonical_text_keys, module_text_keys
 from loratune.formats.images import normalise
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.export import Target
+from loratune.training.schedules import LRSchedule, of_step, optimizer_and_schedule
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ class ContrastiveModule(L.LightningModule):
         width: of both towers.
         layers: depth of both towers.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
     """
 
     batch_kind = "pixels"
@@ -48,12 +50,12 @@ class ContrastiveModule(L.LightningModule):
         width: int = 128,
         layers: int = 4,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if size % patch:
             raise ValueError(f"patch is {patch}; give a divisor of size {size}")
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         text = text_config(self.tokenizer, width, layers)
         heads = {"num_attention_heads": text.num_attention_heads, "intermediate_size": 4 * width}
@@ -70,7 +72,7 @@ class ContrastiveModule(L.LightningModule):
         images, texts = self.similarity(batch)
         loss = contrastive_loss(images, texts, self.clip.logit_scale.exp().clamp(max=100))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(texts))
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, texts = self.similarity(batch)
@@ -84,5 +86,11 @@ class ContrastiveModule(L.LightningModule):
         made.load_state_dict(module_text_keys(held, made.state_dict().keys()))
         return made
 
+    def save(self, target: Target) -> list[Path]:
+        """Write the text encoder as transformers' folder text_encoder/."""
+        folder = target.folder / "text_encoder"
+        self.text_encoder().save_pretrained(folder)
+        return [folder]
+
     def configure_optimizers(self) -> Any:
-        return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.lr_schedule)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -14,11 +16,13 @@ from torch import Tensor
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.family import Condition, Family
-from loratune.families.load import load_family
-from loratune.training.memory import Memory, release
+from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.sd import StableDiffusion
+from loratune.training.export import Target
+from loratune.training.memory import Memory, unload_encoders
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
-from loratune.training.schedules import EvaluationWeights, Schedule, optimizer_and_schedule
+from loratune.training.schedules import EvaluationWeights, LRSchedule, of_step, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -32,7 +36,7 @@ class DiffusionModule(L.LightningModule):
         trainable: components whose weights are trained; the others are frozen.
         objective: what the loss is.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
         memory: how the base is held, and what is traded between memory and time.
     """
 
@@ -42,7 +46,7 @@ class DiffusionModule(L.LightningModule):
         trainable: tuple[str, ...] = ("unet",),
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -53,7 +57,7 @@ class DiffusionModule(L.LightningModule):
         self.base_name = base if isinstance(base, str) else type(base).__name__
         self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
         self.memory = memory
-        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
         objective.prepare(self.family)
         self.family.requires_grad_(False)
         components = self.family.components()
@@ -102,16 +106,16 @@ class DiffusionModule(L.LightningModule):
         """What the network is told; without a caption where `dropped` (B,) says so."""
         if not self.text_is_frozen or "condition" not in batch:
             if dropped is None:
-                return self.family.encode_text(batch["caption"])
+                return self.family.encode_prompts(batch["caption"])
             # Reading `dropped` here would make the host wait for the device.
-            told = self.family.encode_text([*batch["caption"], ""])
+            told = self.family.encode_prompts([*batch["caption"], ""])
             return _where(dropped, {name: value[-1:] for name, value in told.items()}, told)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
         if self._nothing is None:
             with torch.no_grad():
-                self._nothing = self.family.encode_text([""])
+                self._nothing = self.family.encode_prompts([""])
         return _where(dropped, self._nothing, condition)
 
     def losses(
@@ -127,21 +131,22 @@ class DiffusionModule(L.LightningModule):
         Random numbers are drawn for all rows of which these are a share.
         """
         share = share or Share(0, len(t), len(t))
-        shape = (share.total, *self.family.start(batch, None).shape[1:])
-        x_0 = self.family.start(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
+        shape = (share.total, *self.family.x_0(batch, None).shape[1:])
+        x_0 = self.family.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
         noise, noise_in = (share.cut(one) for one in objective.noise(shape, random))
         drawn = torch.rand(share.total, generator=random, device=self.device)
         dropped = share.cut(drawn) < objective.caption_dropout
         told = self._condition(batch, dropped if objective.caption_dropout else None)
         if "sizes" in batch:
             told = {**told, "sizes": batch["sizes"]}
-        a, b = self.family.coefficients(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise_in, a, b), t, told)
+        schedule = self.family.noise_schedule
+        a, b = schedule.at(t, x_0)
+        output = self.family.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), told)
         return weighted_error(
             output,
             target(self.family.prediction, x_0, noise, a, b),
             objective.weight(self.family, a, b),
-            objective.c(t, a, b, len(self.family.alpha_bars)),
+            objective.c(t, a, b, len(self.family.noise_schedule)),
             mask_of(batch, x_0),
         )
 
@@ -152,26 +157,26 @@ class DiffusionModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Drop what is not needed any more, where the recipe says so."""
         self._dropouts = share_dropout(self) if self.trainer.world_size > 1 else []
-        if not self.memory.release:
+        if not self.memory.unload_encoders:
             return
         if self.objective.caption_dropout:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                self._nothing = self.family.encode_text([""])
-        release(self.family)
+                self._nothing = self.family.encode_prompts([""])
+        unload_encoders(self.family)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         share = Share.of(batch)
         random = self._generator("train", batch_idx, 0 if "share" in batch else self.global_rank)
         for part in self._dropouts:
             part.share = share
-        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.alpha_bars), random))
+        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.noise_schedule), random))
         losses = self.losses(batch, t, random, self.objective, share)
         self.latest = (t, losses.detach())
         loss = (losses * batch["loss_weight"]).mean() if "loss_weight" in batch else losses.mean()
         if share.count != share.total:
             loss = loss * share.weight(self.trainer.world_size)
         self.log("train/loss", loss, prog_bar=True, batch_size=share.count, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._held_out(batch, batch_idx, "val")
@@ -182,9 +187,9 @@ class DiffusionModule(L.LightningModule):
     def _held_out(self, batch: dict[str, Any], batch_idx: int, stage: Stage) -> None:
         """The loss at fixed plain noise and fixed t (the middles of equal parts of 1..T), so that epochs compare."""
         plain = replace(
-            self.objective, caption_dropout=0.0, offset_noise=0.0, pyramid_noise=0.0, input_perturbation=0.0
+            self.objective, caption_dropout=0.0, noise_offset=0.0, pyramid_noise=0.0, input_perturbation=0.0
         )
-        count, steps = len(batch["name"]), len(self.family.alpha_bars)
+        count, steps = len(batch["name"]), len(self.family.noise_schedule)
         random = self._generator(stage, batch_idx)
         losses = []
         for part in range(VALIDATION_STEPS):
@@ -192,8 +197,17 @@ class DiffusionModule(L.LightningModule):
             losses.append(self.losses(batch, t, random, plain).mean())
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
 
+    def save(self, target: Target) -> list[Path]:
+        """Write the whole base as diffusers' folder base-STEP/; of a family that diffusers does not know, nothing."""
+        if not isinstance(self.family, StableDiffusion):
+            return []
+        names = (f"base-{self.global_step}{f'-{count}' * bool(count)}" for count in itertools.count())
+        folder = next(path for name in names if not (path := target.folder / name).exists())
+        save_diffusers_folder(self.family, folder, target.dtype)
+        return [folder]
+
     def configure_optimizers(self) -> Any:
-        return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.lr_schedule)
 
 
 def _where(dropped: Tensor, nothing: Condition, condition: Condition) -> Condition:

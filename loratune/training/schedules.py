@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,61 +11,66 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from loratune.errors import UserError
 
 FUSED_ON = ("cuda",)
 """Devices where an optimizer's step is fused unless the recipe says otherwise; on a CPU it would change last bits."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """The learning rate as a fraction of the optimizer's own, by step.
 
     Args:
-        name: constant, linear, cosine, cosine-restarts or polynomial, after the warm-up.
+        name: constant, linear, cosine, cosine_with_restarts or polynomial, after the warm-up.
         warmup_steps: steps over which the rate grows linearly from zero.
-        cycles: for cosine-restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
+        num_cycles: for cosine_with_restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
         power: for polynomial: of 1 - the part of the run that is done.
-        final: the fraction that all but constant end at, in [0, 1).
+        min_lr_ratio: the fraction that all but constant end at, in [0, 1).
     """
 
-    name: Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"] = "constant"
+    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
     warmup_steps: int = 0
-    cycles: int | None = None
+    num_cycles: int | None = None
     power: float | None = None
-    final: float = 0.0
+    min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 or more")
-        if not 0 <= self.final < 1:
-            raise ValueError(f"schedule.final is {self.final}; give 0 or more and less than 1")
-        if self.final and self.name == "constant":
-            raise ValueError("schedule.final says nothing of the name 'constant'; leave it out, or give another name")
-        self._check_own("cycles", "cosine-restarts", 2)
+        if not 0 <= self.min_lr_ratio < 1:
+            raise ValueError(f"lr_schedule.min_lr_ratio is {self.min_lr_ratio}; give 0 or more and less than 1")
+        if self.min_lr_ratio and self.name == "constant":
+            raise ValueError(
+                "lr_schedule.min_lr_ratio says nothing of the name 'constant'; leave it out, or give another name"
+            )
+        self._check_own("num_cycles", "cosine_with_restarts", 2)
         self._check_own("power", "polynomial", 0)
 
     def _check_own(self, key: str, name: str, least: int) -> None:
         value = getattr(self, key)
         if value is None:
             if self.name == name:
-                raise ValueError(f"schedule.name is {name}; give schedule.{key} too")
+                raise ValueError(f"lr_schedule.name is {name}; give schedule.{key} too")
         elif self.name != name:
             raise ValueError(f"schedule.{key} is of the name {name}, not {self.name}; leave it out")
         elif value < least or not value:
             raise ValueError(f"schedule.{key} is {value}; give {least or 'a number above 0'}{' or more' * bool(least)}")
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: int, total: float) -> float:
         """The fraction of the full rate at a step of 0..total, in [0, 1]."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
         done = min(max(done, 0.0), 1.0)
-        return self.final + (1 - self.final) * self._left(done)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * self._left(done)
 
     def _left(self, done: float) -> float:
         """From 1 to 0 as `done` goes from 0 to 1."""
-        if self.name == "cosine-restarts":
-            done = 1.0 if done == 1 else (done * (self.cycles or 1)) % 1.0
+        if self.name == "cosine_with_restarts":
+            done = 1.0 if done == 1 else (done * (self.num_cycles or 1)) % 1.0
         if self.name == "polynomial":
             return float((1 - done) ** (self.power or 1.0))
         cosine = (1 + math.cos(math.pi * done)) / 2
@@ -76,7 +81,7 @@ def optimizer_and_schedule(
     module: L.LightningModule,
     parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]],
     optimizer: OptimizerCallable,
-    schedule: Schedule,
+    schedule: LRSchedule,
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: the optimizer, and its rate moved at every step.
 
@@ -86,9 +91,52 @@ def optimizer_and_schedule(
     for group in made.param_groups:
         group["lr"] = group["lr"] * group.get("factor", 1.0)
     fuse(made)
-    total = int(module.trainer.estimated_stepping_batches)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule.factor(step, total))
+    trainer = module.trainer
+    if schedule.name != "constant" and trainer.max_steps == trainer.max_epochs == -1:
+        raise UserError(f"the learning rate is {schedule.name}, and the run has no length; set trainer.max_steps")
+    scheduler = BySteps(made, schedule, lambda: trainer.estimated_stepping_batches)
     return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
+
+
+class BySteps(torch.optim.lr_scheduler.LambdaLR):
+    """An optimizer's rates by the steps that were made; a run that goes on has those of its own recipe and length.
+
+    Args:
+        optimizer: whose rates are moved from what they are now.
+        schedule: by which.
+        total: steps of the run; asked for after the first step or a checkpoint, as Lightning opens the images for it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: LRSchedule, total: Callable[[], float]) -> None:
+        super().__init__(optimizer, lambda step: schedule.factor(step, total() if step else 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that were made."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the rates of a step, whatever they were in the run that is gone on from."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        for group, rate, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def of_step(trainer: L.Trainer, loss: Tensor, batch_idx: int) -> Tensor:
+    """A batch's loss, so that a step has the mean gradient of its batches where an epoch's last step has fewer of them.
+
+    Lightning divides by accumulate_grad_batches, however many there are.
+
+    Args:
+        trainer: of the run.
+        loss: of the batch.
+        batch_idx: its number in the epoch.
+    """
+    whole = trainer.accumulate_grad_batches
+    first = batch_idx // whole * whole
+    count = min(first + whole, trainer.num_training_batches) - first
+    return loss if count == whole else loss * (whole / count)
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -315,8 +315,7 @@ def test_a_file_that_tells_nothing_has_no_name() -> None:
 
 
 def test_headers_are_read_without_torch() -> None:
-    modules = (
-        "from loratune.families import architectures, found, layouts, unsupported; from loratune.lora import names"
-    )
-    code = f"import sys; {modules}; sys.exit('torch' in sys.modules)"
+    modules = "architectures, found, layouts, unsupported"
+    imports = f"import sys; from loratune.families import {modules}; from loratune.lora import names"
+    code = f"{imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

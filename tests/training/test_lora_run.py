@@ -24,8 +24,8 @@ from loratune.lora.kinds.loha import LoHaLayer
 from loratune.lora.kinds.lokr import LoKrLayer
 from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
+from loratune.lora.verify import verify
 from loratune.recipe.parse import run as run_recipe
-from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
 
 
@@ -33,7 +33,7 @@ def predictions(family: object, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 4, 8, 8, generator=random)
     with torch.no_grad():
-        told = family.encode_text(["a red disc", "a blue disc"])  # type: ignore[attr-defined]
+        told = family.encode_prompts(["a red disc", "a blue disc"])  # type: ignore[attr-defined]
         return family.denoise(x, torch.tensor([10, 900]), told)  # type: ignore[attr-defined]
 
 
@@ -73,8 +73,8 @@ def test_diffusers_draws_with_the_lora_as_we_do(
     with torch.no_grad():
         told = pipeline.text_encoder(ours.tokens(["a red disc"])).last_hidden_state
         theirs = pipeline.unet(x, t, told).sample
-        assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_text(["a red disc"])), atol=1e-5)
-        assert not torch.allclose(theirs, base.denoise(x, t, base.encode_text(["a red disc"])), atol=1e-3)
+        assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_prompts(["a red disc"])), atol=1e-5)
+        assert not torch.allclose(theirs, base.denoise(x, t, base.encode_prompts(["a red disc"])), atol=1e-3)
 
 
 def test_a_run_leaves_a_lora_with_its_recipe(recipe: Path, tmp_path: Path, tiny_base: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, format: str
 def test_other_kinds_are_written_and_read(
     recipe: Path, tmp_path: Path, tiny_base: Path, kind: str, format: str, algorithm: str
 ) -> None:
-    words = ["--model.lora.kind", kind, "--export.format", format, "--export.dtype", "float32"]
+    words = ["--model.lora.type", kind, "--export.format", format, "--export.dtype", "float32"]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     path = tmp_path / "run" / "lora.safetensors"
     ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_family(str(tiny_base))
@@ -161,7 +161,7 @@ KINDS = {"dora": "DoRA of LoRA", "loha": "LoHa", "lokr": "LoKr"}
 def test_a_kind_that_the_format_cannot_hold_is_refused_before_training(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "-c", str(recipe), "--model.lora.kind", "loha", "--export.format", "peft"]) == 2
+    assert main(["fit", "-c", str(recipe), "--model.lora.type", "loha", "--export.format", "peft"]) == 2
     assert "peft cannot hold loha; set export.format: kohya" in capsys.readouterr().err
     assert not (tmp_path / "run" / "lora.safetensors").exists()
 

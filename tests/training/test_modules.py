@@ -24,14 +24,15 @@ from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
 from loratune.training.objectives import Objective
 from loratune.training.randomness import generator
-from loratune.training.schedules import Schedule
+from loratune.training.schedules import LRSchedule
 
 PIXELS = """\
-trainer: {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, enable_progress_bar: false}}
+trainer:
+  {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, precision: 32-true, enable_progress_bar: false}}
 model:
   class_path: {model}
   init_args: {init}
-data: {{path: {data}, size: 16, batch_size: 4, validation_percent: 25}}
+data: {{path: {data}, resolution: 16, batch_size: 4, validation_percent: 25}}
 samples: {{every_n_steps: 0}}
 """
 
@@ -74,7 +75,7 @@ def test_min_snr_weighs_the_loss() -> None:
     batch, t = pixel_batch(), torch.tensor([5, 400, 999])
     plain = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective())
     weighed = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective(min_snr_gamma=5.0))
-    bars = family.alpha_bars[t]
+    bars = family.noise_schedule.a[t].square()
     snr = bars / (1 - bars)
     assert torch.allclose((weighed / plain).double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-5)
 
@@ -84,12 +85,12 @@ def test_caption_dropout_replaces_captions_by_nothing(tiny_base: Path) -> None:
     family = module.family
     batch = {"name": ["a", "b"], "caption": ["a red disc", "a blue disc"]}
     batch |= {"mean": torch.zeros(2, 4, 8, 8), "logvar": torch.zeros(2, 4, 8, 8)}
-    nothing = family.encode_text([""])["text"][0]
+    nothing = family.encode_prompts([""])["text"][0]
     both = module._condition(batch, torch.tensor([True, False]))["text"]
     assert torch.allclose(both[0], nothing, atol=1e-6)
-    assert torch.allclose(both[1], family.encode_text(["a blue disc"])["text"][0], atol=1e-6)
+    assert torch.allclose(both[1], family.encode_prompts(["a blue disc"])["text"][0], atol=1e-6)
     module = DiffusionModule(str(tiny_base))
-    cached = batch | {"condition": family.encode_text(batch["caption"])}
+    cached = batch | {"condition": family.encode_prompts(batch["caption"])}
     frozen = module._condition(cached, torch.tensor([True, False]))["text"]
     assert torch.allclose(frozen, both, atol=1e-6)
     torch.manual_seed(0)
@@ -159,14 +160,14 @@ def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, im
     vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
     base = f"{{vae: {vae}, channels: [16, 16], heads: [2, 2], text_width: 16, text_layers: 1, latent_size: 8}}"
     init = f"{{trainable: [unet, text_encoder], base: {{class_path: NewStableDiffusion, init_args: {base}}}}}"
-    cache = ["--data.cache", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
+    cache = ["--data.cache_dir", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
     out = fit(tmp_path, images, "DiffusionModule", init, "ldm", 4, *cache)
     made = load_family(str(out / "base-4"))
     average = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
     weight = average["family.network.conv_in.weight"].half().float()
     assert torch.equal(made.network.conv_in.weight, weight)
     assert made.prediction == "v"
-    assert float(made.alpha_bars[-1]) == 0
+    assert made.noise_schedule.ends_in_noise
 
 
 def test_ema_is_its_formula_and_swaps_in_and_out() -> None:
@@ -197,14 +198,14 @@ def test_ema_is_its_formula_and_swaps_in_and_out() -> None:
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_schedules_warm_up_and_end(name: Any) -> None:
-    schedule = Schedule(name, warmup_steps=10)
+    schedule = LRSchedule(name, warmup_steps=10)
     factors = [schedule.factor(step, 100) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[9] < factors[10] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(1.0 if name == "constant" else 0.0)
     assert factors[55] == pytest.approx({"constant": 1, "linear": 0.5, "cosine": (1 + math.cos(math.pi / 2)) / 2}[name])
     with pytest.raises(ValueError, match="warmup_steps is -1"):
-        Schedule(name, warmup_steps=-1)
+        LRSchedule(name, warmup_steps=-1)
 
 
 def test_kl_equals_torch_distributions() -> None:

@@ -11,5 +11,10 @@ KINDS: dict[str, type[LowRank]] = {kind.kind: kind for kind in (LoRALayer, LoHaL
 
 
 def types() -> dict[str, type[LowRank]]:
-    """The kind that `lora.kind` of a recipe names."""
-    return {name: kind for kind in KINDS.values() for name in kind.types}
+    """The kind that `lora.type` of a recipe names."""
+    return {name: kind for kind in KINDS.values() for name in kind.makers}
+
+
+def maker_of(type: str) -> tuple[str, dict[str, str] | None]:
+    """What makes the layers of a `lora.type`, as sd-scripts' metadata call it, and its arguments."""
+    return types()[type].makers[type]

@@ -56,7 +56,8 @@ class LowRank:
     """
 
     kind: ClassVar[str] = ""  # what people call it
-    types: ClassVar[tuple[str, ...]] = ()  # `lora.kind` in a recipe
+    # By `lora.type` in a recipe: what makes such layers, as sd-scripts' metadata call it, and its arguments.
+    makers: ClassVar[Mapping[str, tuple[str, dict[str, str] | None]]] = {}
     # The tensors by field: how files call them where their format has no name of its own, and peft's attributes.
     suffixes: ClassVar[Mapping[str, str]] = {}
     attributes: ClassVar[Mapping[str, str]] = {}

@@ -44,7 +44,7 @@ class LoHaLayer(LowRank):
     """
 
     kind = "LoHa"
-    types = ("loha",)
+    makers = {"loha": ("lycoris.kohya", {"algo": "loha"})}  # noqa: RUF012
     suffixes = {name: f"hada_{name}" for name in FIELDS}  # noqa: RUF012
     attributes = suffixes
     w1_a: Array

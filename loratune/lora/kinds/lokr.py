@@ -50,7 +50,7 @@ class LoKrLayer(LowRank):
     """
 
     kind = "LoKr"
-    types = ("lokr",)
+    makers = {"lokr": ("lycoris.kohya", {"algo": "lokr"})}  # noqa: RUF012
     suffixes = {name: f"lokr_{name}" for name in FIELDS}  # noqa: RUF012
     attributes = suffixes
     alpha: float

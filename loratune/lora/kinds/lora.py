@@ -29,7 +29,10 @@ class LoRALayer(LowRank):
     """
 
     kind = "LoRA"
-    types = ("lora", "dora")
+    makers = {  # noqa: RUF012
+        "lora": ("networks.lora", None),
+        "dora": ("lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
+    }
     suffixes = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}  # noqa: RUF012
     attributes = {"down": "lora_A", "up": "lora_B", "magnitude": "lora_magnitude_vector"}  # noqa: RUF012
     down: Array
@@ -84,7 +87,7 @@ class LoRALayer(LowRank):
             lora_alpha=lora.scaled_alpha,
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
-            use_dora=lora.kind == "dora",
+            use_dora=lora.type == "dora",
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
             bias="none",
         )
