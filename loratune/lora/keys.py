@@ -13,6 +13,7 @@ from loratune.lora.kinds.known import KINDS
 from loratune.lora.kinds.layer import LowRank, missing
 from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.names import COMPONENTS, canonical_name, flat, known_shapes
+from loratune.lora.tables.comfyui import BARE
 from loratune.lora.tables.known import TABLES, format_of, inverted, known_names, naming, split
 from loratune.lora.tables.kohya import COMPONENTS as KOHYA
 from loratune.lora.tables.table import Part, Table
@@ -122,7 +123,7 @@ def describe_keys(header: Header, names: Iterable[str] = ()) -> Described:
         names: canonical names, with component, of a base's layers; those of the known architectures are known.
     """
     formats = Counter(format for key in header.tensors if (format := format_of(key)))
-    main = formats.most_common(1)[0][0] if formats else ""
+    main = max(formats, key=lambda name: (formats[name], name != BARE.name), default="")
     tokens = tuple(key for key in header.tensors if header.metadata.get(key) == TOKEN)
     groups, damaged, strays = _grouped(header, tokens)
     telling = [layer for layer in groups if layer.kinds]

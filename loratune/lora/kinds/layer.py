@@ -8,10 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
-
-if TYPE_CHECKING:
-    from loratune.lora.inject import LoRA
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 Array: TypeAlias = Any
 """torch's tensor or numpy's array; as a field also `Stored` or a header's entry, of which there are shapes alone."""
@@ -144,11 +141,11 @@ class LowRank:
         )
 
     @staticmethod
-    def peft_config(lora: LoRA, shared: Mapping[str, Any]) -> Any:
+    def peft_config(lora: Any, shared: Mapping[str, Any]) -> Any:
         """The configuration of peft that makes this kind.
 
         Args:
-            lora: how W_0 is adapted.
+            lora: how W_0 is adapted, an `inject.LoRA`.
             shared: r, target_modules and the patterns of ranks and alphas.
         """
         raise NotImplementedError
@@ -248,7 +245,7 @@ def kron(one: Array, two: Array) -> Array:
     return (one[:, None, :, None] * two[None, :, None, :]).reshape(*shape)
 
 
-def lycoris_config(name: str, lora: LoRA, shared: Mapping[str, Any]) -> Any:
+def lycoris_config(name: str, lora: Any, shared: Mapping[str, Any]) -> Any:
     """One of peft's configurations of LyCORIS' kinds."""
     import peft
 

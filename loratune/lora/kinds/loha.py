@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratune.lora.kinds.layer import (
     Array,
@@ -18,9 +18,6 @@ from loratune.lora.kinds.layer import (
     side_shape,
     sizes,
 )
-
-if TYPE_CHECKING:
-    from loratune.lora.inject import LoRA
 
 FIELDS = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 
@@ -97,5 +94,5 @@ class LoHaLayer(LowRank):
         return Product(self.scale * b, (one.a[:, None] * two.a[None]).reshape(-1, one.a.shape[1]))
 
     @staticmethod
-    def peft_config(lora: LoRA, shared: Mapping[str, Any]) -> Any:
+    def peft_config(lora: Any, shared: Mapping[str, Any]) -> Any:
         return lycoris_config("LoHaConfig", lora, shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratune.lora.kinds.layer import (
     Array,
@@ -21,9 +21,6 @@ from loratune.lora.kinds.layer import (
     side_shape,
     sizes,
 )
-
-if TYPE_CHECKING:
-    from loratune.lora.inject import LoRA
 
 FIELDS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 
@@ -122,7 +119,7 @@ class LoKrLayer(LowRank):
         return Product(kron(one.b, two.b), kron(one.a, two.a))
 
     @staticmethod
-    def peft_config(lora: LoRA, shared: Mapping[str, Any]) -> Any:
+    def peft_config(lora: Any, shared: Mapping[str, Any]) -> Any:
         return lycoris_config("LoKrConfig", lora, shared)
 
     @classmethod

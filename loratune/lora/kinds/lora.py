@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratune.lora.kinds.layer import Array, LowRank, Product, Rows, columns, flattened, folded, need, wide
-
-if TYPE_CHECKING:
-    from loratune.lora.inject import LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ class LoRALayer(LowRank):
         return lambda rows: b[rows] @ a
 
     @staticmethod
-    def peft_config(lora: LoRA, shared: Mapping[str, Any]) -> Any:
+    def peft_config(lora: Any, shared: Mapping[str, Any]) -> Any:
         from peft import LoraConfig
 
         return LoraConfig(

@@ -89,7 +89,9 @@ def parse(text: str) -> Given:
         name, _, number = head.rpartition(":")
         path, weight = Path(name), _number(text, number, f"write FILE:WEIGHT, such as {name}:0.8")
     if path.suffix.lower() not in (".safetensors", "") and path.exists():
-        raise UserError(f"{path}: its name ends in {path.suffix}; only .safetensors files are loaded")
+        raise UserError(
+            f"{path}: its name ends in {path.suffix}; only .safetensors files are loaded, so save it as one"
+        )
     return Given(path, weight, blocks)
 
 
@@ -207,7 +209,9 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     if variants:
         return variants[:1]
     if not shards:
-        raise UserError(f"{plain}: there is no such file, nor a variant of it; only .safetensors files are loaded")
+        raise UserError(
+            f"{plain}: there is no such file, nor a variant of it; only .safetensors files are loaded, so save it as one"
+        )
     # Of shards in several precisions, one.
     first = shards[0].name.partition("-0")[0]
     last = shards[0].name.partition("-of-")[2]
