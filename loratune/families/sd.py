@@ -169,12 +169,6 @@ class StableDiffusion(Family):
         latents = x_0 / self.vae.config["scaling_factor"] + shift
         return cast(Tensor, self.vae.decode(latents.to(self.vae.dtype)).sample.float())
 
-    def save_folder(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write the base as a diffusers folder; weights are rounded to `dtype`, the model keeps its own."""
-        from loratune.families.load import save_diffusers_folder
-
-        save_diffusers_folder(self, folder, dtype)
-
 
 def _encodes(tokenizer: Any, encoder: Any) -> dict[str, Any]:
     """What decides beside the weights what a text encoder makes of a caption, wherever and by whatever it was saved."""

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from loratune import __version__
 from loratune.errors import UserError
-from loratune.families.load import base_hash
+from loratune.families.base import base_hash
 from loratune.runs.checkpoints import read_checkpoint
 from loratune.training.randomness import restore, seed_dropout, states
 

@@ -12,8 +12,10 @@ import torch
 
 from loratune import __version__
 from loratune.errors import UserError
+from loratune.families.base import base_hash
 from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
-from loratune.families.load import base_hash, configs_of, lora_metadata, save_diffusers_folder
+from loratune.families.pipelines import lora_metadata
+from loratune.families.save import configs_of, save_diffusers_folder
 from loratune.families.sd import StableDiffusion
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LowRank

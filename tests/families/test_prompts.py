@@ -38,6 +38,7 @@ from loratune.families.prompts import (
     weigh,
     windows,
 )
+from loratune.families.save import save_diffusers_folder
 from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.training.lora_module import LoRAModule
 
@@ -348,7 +349,7 @@ def test_what_says_nothing_of_an_encoding_leaves_its_place(tiny_base: Path, tmp_
     family.tokenizer(["a"], padding="max_length", truncation=True, max_length=5)
     config = family.text_encoder.config
     config._name_or_path, config.architectures, config.transformers_version = "there", ["Other"], "0"
-    family.save_folder(tmp_path / "copy", torch.float32)
+    save_diffusers_folder(family, tmp_path / "copy", torch.float32)
     assert family.text_settings() == before == load_family(str(tmp_path / "copy")).text_settings()
 
 
