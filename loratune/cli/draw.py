@@ -60,7 +60,7 @@ def sample(
     parts = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
     for part in track(parts, description="drawing", transient=True):
         texts, seeds = [prompt for prompt, _ in part], [one for _, one in part]
-        drawn.extend(draw(family, texts, seeds, side, steps, guidance, sampler).cpu())
+        drawn.extend(draw(family, texts, seeds, side, side, steps, guidance, sampler).cpu())
     out.mkdir(parents=True, exist_ok=True)
     images = [to_image(pixels) for pixels in drawn]
     for number, (image, (prompt, one)) in enumerate(zip(images, wanted, strict=True)):
