@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from loratune.cli.main import main
 from loratune.data.encode import Encoder
 from loratune.errors import UserError
-from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import (
     COMMA,
