@@ -303,8 +303,8 @@ def _lost(names: Sequence[str], order: BatchOrder, each: Sequence[float]) -> tup
     fewest = min((one for one in each if one > 0), default=1.0)
     drawn: set[int] = set()
     for epoch in range(min(1000, 1 + round(1 / fewest)) if fewest < 1 else 1):
-        now = BatchOrder(order.given, order.sizes, order.batch_size, order.seed, lambda _, e=epoch: (e, 0))  # type: ignore[misc]
-        drawn |= {draw.sample for batch in now for draw in batch}
+        order.epoch = epoch
+        drawn |= {draw.sample for batch in order for draw in batch}
         if len(drawn) == len(names):
             break
     return tuple(name for number, name in enumerate(names) if number not in drawn)
