@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from loratune.errors import UserError
+from loratune.families.slots import Slot
 from loratune.formats.numbers import FLOATS, Bytes
 from loratune.formats.streaming import Output, Range, Writer, without
 from loratune.lora.merge.arithmetic import Tally, Term, checked
-from loratune.lora.merge.slots import Slot
 
 MAX_WORKERS = 4
 WAITING = 128 << 20  # bytes of weights that are merged, or wait to be written
