@@ -54,7 +54,7 @@ def terms_by_layer(
     Args:
         loras: what is added.
         shapes: shape of W_0 by canonical layer name.
-        partial: leave out the layers that the base lacks, or has in another shape.
+        partial: leave out the layers that the base lacks, or has in another shape, if they are not most of them.
         sign: -1 to subtract.
 
     Raises:
@@ -63,7 +63,7 @@ def terms_by_layer(
     matches = Matches()
     for lora in loras:
         faults = {name: fault for name, layer in lora.file.layers.items() if (fault := _fault(name, layer, shapes))}
-        if faults and (not partial or len(faults) == len(lora.file.layers)):
+        if faults and (not partial or 2 * len(faults) > len(lora.file.layers)):
             raise UserError(f"{lora.path}: does not fit this base: {_told(faults, len(lora.file.layers))}")
         matches.unmatched.append(list(faults))
         for name, layer in lora.file.layers.items():
@@ -84,6 +84,6 @@ def _fault(name: str, layer: LowRank, shapes: Mapping[str, Sequence[int]]) -> st
 def _told(faults: Mapping[str, str], count: int) -> str:
     more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
     some = f"{'; '.join([*faults.values()][:SHOWN])}{more}"
-    if len(faults) == count:
-        return f"{some}; none of its {count} layers fits"
+    if 2 * len(faults) > count:
+        return f"{some}; {count - len(faults)} of its {count} layers fit, and --allow-partial needs half of them"
     return f"{some}; --allow-partial leaves them out, and merges the other {count - len(faults)}"

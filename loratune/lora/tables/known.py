@@ -14,7 +14,8 @@ from loratune.lora.tables.kohya import KOHYA
 from loratune.lora.tables.peft import PEFT
 from loratune.lora.tables.table import ALPHA, MAGNITUDE, Part, Table, not_written
 
-# The first whose names fit counts, and of several with the same names the first that has the suffix.
+# The first whose names fit counts, and of several with the same names the first that has the suffix; bare names are
+# what no other spells.
 TABLES: dict[str, Table] = {
     table.name: table for table in (KOHYA, ADAPTER, COMFYUI, CLONEOFSIMO, OLD_DIFFUSERS, PEFT, DIFFUSERS, BARE)
 }
@@ -41,7 +42,8 @@ def split(key: str) -> tuple[str, str, Part] | None:
 
 def naming(raw: str) -> list[Table]:
     """The formats that spell a layer's name so, best first."""
-    return [table for table in TABLES.values() if table.names(raw)]
+    named = [table for table in TABLES.values() if table.begins and table.names(raw)]
+    return named or [table for table in TABLES.values() if not table.begins]
 
 
 def format_of(key: str) -> str | None:

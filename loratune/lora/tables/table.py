@@ -83,7 +83,7 @@ class Table:
 
     Args:
         name: of the format.
-        begins: a regular expression that the beginnings of its names fit, or what tells them elsewhere.
+        begins: a regular expression that is found in its names, at their beginning mostly; "" for what no other spells.
         suffixes: what a tensor is, by the end of its key; of several for one part, the first is written.
         spell: the names of a layer in files, by its canonical one.
         every_kind: whether tensors that have no suffix here get the one that their kind gives them.
