@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -25,9 +25,11 @@ from loratune.formats.atomic import atomic_path
 from loratune.lora.tokens import NewToken
 from loratune.recipe.mistakes import check_recipes, explain
 from loratune.runs.checkpoints import Checkpoints, use_atomic
+from loratune.runs.folder import give_back
 from loratune.runs.guard import Guard
 from loratune.runs.loggers import Events, log_text
-from loratune.runs.prepare import check_data, give_back, make_room, prepare
+from loratune.runs.prepare import check_data, is_first, make_room, prepare
+from loratune.runs.progress import StepBar, closing
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
 from loratune.training.autoencoder import AutoencoderModule
@@ -173,13 +175,13 @@ class RecipeCLI(LightningCLI):
             prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
+        """Lightning's trainer with TensorBoard in the run's folder, one progress bar and our monitor."""
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
             kwargs["logger"] = Events(trainer.default_root_dir)
         made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
         if trainer.enable_progress_bar in (None, True):
-            made.append(RichProgressBar())
+            made.append(StepBar())
         self.trainer_defaults["callbacks"] = made
         if self.subcommand == "fit":
             make_room(self._chosen)
@@ -220,7 +222,7 @@ def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
     if execute and argv[0] == "fit":
         SIGNALS.listen()
     try:
-        return RecipeCLI(
+        cli = RecipeCLI(
             model_class=L.LightningModule if named else LoRAModule,
             datamodule_class=CaptionedImages,
             subclass_mode_model=named,
@@ -231,6 +233,9 @@ def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
             args=list(argv),
             run=execute,
         )
+        if execute and argv[0] == "fit" and is_first():
+            print(closing(cli.trainer))
+        return cli
     except ValueError as error:
         raise UserError(f"{recipes[-1] if recipes else argv[0]}: {' '.join(str(error).split())}") from error
     finally:
