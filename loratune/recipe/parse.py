@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import Namespace, _typehints
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -65,6 +66,19 @@ SECTIONS = {
     "guard": Guard,
 }
 """What fills a recipe's sections beside trainer, model and data."""
+
+
+def own_defaults(_: Any, before: Any, value: Any) -> None:
+    """Let a class that is named in the place of another have its own defaults, such as Prodigy's rate of 1.
+
+    jsonargparse keeps what was set, or is a default, of the class before wherever the new one has an argument of the
+    same name; it has no setting for that.
+    """
+    if before and "init_args" in before and before["class_path"] != value["class_path"]:
+        before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = own_defaults
 
 
 class RecipeParser(LightningArgumentParser):

@@ -72,7 +72,7 @@ class StepBar(ProgressBar):
             self._steps = self._open().add_task("", total=total, more="")
         step = trainer.global_step
         seconds, done = now - self._since[0], step - self._since[1]
-        name = f"step {step:,}" + (f" of {total:,}" if total else "")
+        name = f"{step}/{total}" if total else f"step {step}"
         more = numbers_line(trainer.callback_metrics, rate_of(trainer), seconds, done, total and total - step)
         self._open().update(self._steps, completed=step, total=total, description=name, more=more)
 
