@@ -1,5 +1,13 @@
-"""The one exception for what a person can mend: the command line prints it as a single line."""
+"""The exception for what a user can mend, and how any message is made safe to print."""
 
 
 class UserError(Exception):
     """A mistake in a recipe, a file or an argument; the message names it and says what to do."""
+
+
+def visible(text: str) -> str:
+    """A text with every control character but the line feed shown as Python writes it (`\\x1b`, `\\u202e`).
+
+    Captions, file names and keys come from strangers, and a terminal obeys what they hold.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)

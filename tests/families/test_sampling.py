@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from loratune.cli.draw import sample
+from loratune.cli.verbs.sample import sample
 from loratune.errors import UserError
 from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM

@@ -10,7 +10,7 @@ import yaml
 from diffusers import AutoencoderKL
 
 from loratune.cli.main import main
-from loratune.recipe.parse import run
+from loratune.recipe.run import run
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 
