@@ -30,7 +30,7 @@ class Encodes(Protocol):
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels in [-1, 1] (B, 3, H, W) as the posterior."""
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
         """Captions as the condition."""
 
     def components(self) -> dict[str, nn.Module]:
@@ -119,7 +119,7 @@ class Encoder:
 
     def condition(self, caption: str) -> dict[str, Tensor]:
         """What the network is told for a caption."""
-        return self._get(self.keys.caption(caption), lambda: self._encode_text(caption))
+        return self._get(self.keys.caption(caption), lambda: self._encode_prompt(caption))
 
     def mask(self, entry: Entry, view: View, latents: Size, data: Callable[[], bytes | None]) -> Tensor:
         """The mask of a view at the size of its latents, (1, h, w) in [0, 1]."""
@@ -150,8 +150,8 @@ class Encoder:
         return {name: value[0].cpu() for name, value in self.family.encode_images(pixels).items()}
 
     @torch.no_grad()
-    def _encode_text(self, caption: str) -> dict[str, Tensor]:
-        return {name: value[0].cpu() for name, value in self.family.encode_text([caption]).items()}
+    def _encode_prompt(self, caption: str) -> dict[str, Tensor]:
+        return {name: value[0].cpu() for name, value in self.family.encode_prompts([caption]).items()}
 
 
 class Look(NamedTuple):

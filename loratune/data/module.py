@@ -186,13 +186,14 @@ class CaptionedImages(L.LightningDataModule):
         """See that a base can be given the recipe's sizes.
 
         Args:
-            family: has `start_shape`, which raises UserError for a side that it cannot take.
+            family: has `latent_shape`, which raises UserError for a side that it cannot take.
 
         Raises:
             UserError: it cannot; the message names the key.
         """
         try:
-            family.start_shape(self.size if self.buckets is None else self.buckets.step)
+            side = self.size if self.buckets is None else self.buckets.step
+            family.latent_shape(side, side)
         except UserError as error:
             key = "size" if self.buckets is None else "buckets.step"
             raise UserError(f"data.{key}: {error}; change data.{key}") from None

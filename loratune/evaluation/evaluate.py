@@ -108,7 +108,7 @@ class Evaluate(L.Callback):
             told = type(trainer.strategy).__name__
             log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
             return
-        self._steps = len(pl_module.family.alpha_bars)
+        self._steps = len(pl_module.family.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
             self._sets = self._choose(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             self._base = self._outputs(pl_module)
@@ -211,7 +211,7 @@ class Evaluate(L.Callback):
         (t, losses), module.latest = module.latest, None
         if self._sums is None:
             self._sums = torch.zeros(2, self.levels, device=losses.device)
-        steps = len(module.family.alpha_bars)
+        steps = len(module.family.noise_schedule)
         self._sums = add(self._sums.to(losses.device), t, losses, steps)
         done = trainer.global_step
         if done == self._step or done % trainer.log_every_n_steps:  # type: ignore[attr-defined]

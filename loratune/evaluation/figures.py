@@ -71,9 +71,9 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
     caption = rows.entries[number].caption
     chunk = fixed_chunks(family, [rows[number]], 1, 1)[0]
     x_0 = chunk.x_0[0].to(family.device)
-    steps = evenly(len(family.alpha_bars), SHOWN)
+    steps = evenly(len(family.noise_schedule), SHOWN)
     noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
-    states = forward_states(x_0, noise, family.coefficients, steps)
+    states = forward_states(x_0, noise, family.noise_schedule.at, steps)
     made = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
     estimates: list[Tensor] = []
 
@@ -81,7 +81,7 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
         estimates.append(estimate[0])
 
     def drawn() -> Tensor:
-        return draw_start(family, [caption], [seed], data.size, STEPS, GUIDANCE, on_estimate=keep)
+        return draw_start(family, [caption], [seed], data.size, data.size, STEPS, GUIDANCE, on_estimate=keep)
 
     if isinstance(family, StableDiffusion):
         with recorded(family.network) as maps:

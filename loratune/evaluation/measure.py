@@ -49,7 +49,7 @@ def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
     """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
     values = []
     for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
-        x = family.start(family.encode_images(part), None)
+        x = family.x_0(family.encode_images(part), None)
         values.append(psnr(family.decode(x), part))
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
@@ -60,7 +60,7 @@ def draw_all(family: Family, captions: Sequence[str], sampling: Sampling) -> Ten
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [sampling.seed + start + i for i in range(len(part))]
-        images.append(draw(family, part, seeds, sampling.size, sampling.steps, sampling.guidance).cpu())
+        images.append(draw(family, part, seeds, sampling.size, sampling.size, sampling.steps, sampling.guidance).cpu())
     return torch.cat(images)
 
 

@@ -115,7 +115,7 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
         for start in range(0, len(held), size):
             part = held[start : start + size]
             batch = _encoded(family, collate([sample for _, sample in part]))
-            chunks.append(Chunk([number for number, _ in part], family.start(batch, None).cpu(), batch))
+            chunks.append(Chunk([number for number, _ in part], family.x_0(batch, None).cpu(), batch))
     return chunks
 
 
@@ -135,10 +135,10 @@ def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, see
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
         numbers = list(range(start, start + len(part)))
-        x_0 = draw_start(family, part, [seed + i for i in numbers], side, DRAW_STEPS, GUIDANCE)
+        x_0 = draw_start(family, part, [seed + i for i in numbers], side, side, DRAW_STEPS, GUIDANCE)
         batch: dict[str, Any] = {"name": part, "caption": part}
         if module.text_is_frozen:
-            batch["condition"] = {name: value.cpu() for name, value in family.encode_text(part).items()}
+            batch["condition"] = {name: value.cpu() for name, value in family.encode_prompts(part).items()}
         chunks.append(Chunk(numbers, x_0.cpu(), batch))
     return chunks
 
@@ -159,11 +159,11 @@ def outputs(
         x_0, told = chunk.x_0.to(device), module._condition(batch, None)
         if "sizes" in batch:
             told = {**told, "sizes": batch["sizes"]}
-        for part, step in enumerate(levels(len(family.alpha_bars), count)):
+        for part, step in enumerate(levels(len(family.noise_schedule), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
-            a, b = family.coefficients(t, x_0)
-            output = family.denoise(diffuse(x_0, noise, a, b), t, told)
+            a, b = family.noise_schedule.at(t, x_0)
+            output = family.denoise(diffuse(x_0, noise, a, b), family.noise_schedule.time(t), told)
             error = weighted_error(output, target(family.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
             losses[chunk.numbers, part] = error.double().cpu()
             if keep:

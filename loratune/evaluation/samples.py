@@ -112,7 +112,7 @@ class SampleGrid(L.Callback):
         """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
         some = prompts[start : start + count]
         seeds = [self.seed + start + i for i in range(len(some))]
-        return draw(family, some, seeds, size, self.steps, self.guidance, self.sampler).cpu()
+        return draw(family, some, seeds, size, size, self.steps, self.guidance, self.sampler).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.diffusion.process import (
-    Prediction,
-    alpha_bars,
-    ddpm_coefficients,
-    expand,
-    rescale_zero_terminal_snr,
-)
+from loratune.diffusion.process import Prediction
+from loratune.diffusion.schedule import NoiseSchedule
 
 PREDICTION_TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """What diffusers' schedulers call what a network predicts."""
@@ -34,25 +29,20 @@ class Family(nn.Module, ABC):
     Attributes:
         network: what predicts; called only through `denoise`.
         prediction: which mix of x_0 and noise the network predicts.
-        alpha_bars: abar_t for t = 0..T-1, shape (T,).
+        noise_schedule: (a, b) at each of its T steps.
         batch_kind: what training data must hold: `pixels`, or `latents` (encoded once, then cached).
         scheduler_config: of the diffusers scheduler that draws samples.
     """
 
     network: Any
     prediction: Prediction
-    alpha_bars: Tensor
+    noise_schedule: NoiseSchedule
     batch_kind: str = "latents"
     scheduler_config: dict[str, Any]
 
     def components(self) -> dict[str, nn.Module]:
         """The parts that hold weights, by their name in a checkpoint."""
         return {"unet": self.network}
-
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of x_t = a x_0 + b e for steps t (B,), shaped to multiply `like`."""
-        a, b = ddpm_coefficients(self.alpha_bars.double()[t])
-        return expand(a.to(like.dtype), like), expand(b.to(like.dtype), like)
 
     def predict(self, prediction: Prediction) -> None:
         """Take the network's output for another prediction, here and in drawing."""
@@ -61,11 +51,9 @@ class Family(nn.Module, ABC):
 
     def end_in_noise(self) -> None:
         """Rescale the schedule so that its last step is pure noise, at which drawing then starts (Lin 2024)."""
-        bars = self.alpha_bars.double()
-        if float(bars[-1]) == 0:
+        if self.noise_schedule.ends_in_noise:
             return
-        before = torch.cat([torch.ones_like(bars[:1]), bars[:-1]])
-        self.alpha_bars = alpha_bars(rescale_zero_terminal_snr(1 - bars / before)).to(self.alpha_bars)
+        self.noise_schedule = self.noise_schedule.ending_in_noise()
         told = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         self.scheduler_config = {**self.scheduler_config, **told}
 
@@ -82,24 +70,28 @@ class Family(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} works on pixels and has no VAE")
 
     @abstractmethod
-    def start(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         """x_0 of a batch; `noise` (like x_0) draws from the VAE's posterior, None takes its mean."""
 
     @abstractmethod
-    def start_shape(self, size: int) -> tuple[int, ...]:
-        """Shape of one x_0 for an image of size x size pixels."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one x_0 for an image of height x width pixels.
+
+        Raises:
+            UserError: a side that the model cannot take.
+        """
 
     @abstractmethod
-    def encode_text(self, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, captions: Sequence[str]) -> Condition:
         """What the network is told for each caption."""
 
     def text_settings(self) -> str:
-        """What decides beside the weights what `encode_text` makes of a caption: a part of the text cache's keys."""
+        """What decides beside the weights what `encode_prompts` makes of a caption: a part of the text cache's keys."""
         return ""
 
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction for x_t at steps t (B,); same shape as x_t."""
+        """The network's prediction for x_t at times t (B,) of its noise schedule; same shape as x_t."""
 
     @abstractmethod
     def decode(self, x_0: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, cast
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from loratune.diffusion.process import Prediction, ScheduleName, alpha_bars, make_betas
+from loratune.diffusion.process import Prediction, ScheduleName, make_betas
+from loratune.diffusion.schedule import NoiseSchedule
 from loratune.families.family import Condition, Family
 from loratune.formats.images import normalise
 
@@ -54,7 +55,7 @@ class PixelDDPM(Family):
             norm_num_groups=min(32, channels[0] // 4),
         )
         schedule = make_betas(betas, steps, beta_start, beta_end)
-        self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
+        self.noise_schedule = NoiseSchedule.ddpm(schedule)
         self.scheduler_config = {
             "num_train_timesteps": steps,
             "trained_betas": schedule.tolist(),
@@ -62,13 +63,13 @@ class PixelDDPM(Family):
             "clip_sample": True,
         }
 
-    def start(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         return normalise(batch["pixels"])
 
-    def start_shape(self, size: int) -> tuple[int, ...]:
-        return (3, size, size)
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return (3, height, width)
 
-    def encode_text(self, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, captions: Sequence[str]) -> Condition:
         return {}
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

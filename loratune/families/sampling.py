@@ -40,7 +40,8 @@ def draw(
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    size: int,
+    height: int,
+    width: int,
     steps: int = 25,
     guidance: float = 4.0,
     sampler: str = "ddim",
@@ -52,16 +53,17 @@ def draw(
         family: the model.
         prompts: what to draw, B of them.
         seeds: one for each prompt; the same seed and prompt give the same image in any batch.
-        size: side in pixels.
+        height: in pixels.
+        width: in pixels.
         steps: of the sampler.
         guidance: scale of classifier-free guidance (Ho & Salimans 2022); 1 is none.
         sampler: one of SAMPLERS.
         on_step: called with the number of steps done and x_t.
 
     Returns:
-        Pixels in [-1, 1], (B, 3, size, size).
+        Pixels in [-1, 1], (B, 3, height, width).
     """
-    x_0 = draw_start(family, prompts, seeds, size, steps, guidance, sampler, on_step)
+    x_0 = draw_start(family, prompts, seeds, height, width, steps, guidance, sampler, on_step)
     # One at a time: a decoder takes gigabytes for an image of 1024 pixels.
     return torch.cat([family.decode(one[None]) for one in x_0]).clamp(-1, 1)
 
@@ -71,7 +73,8 @@ def draw_start(
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    size: int,
+    height: int,
+    width: int,
     steps: int = 25,
     guidance: float = 4.0,
     sampler: str = "ddim",
@@ -84,7 +87,8 @@ def draw_start(
         family: as for `draw`, like all up to on_step.
         prompts: B of them.
         seeds: one for each prompt.
-        size: side in pixels.
+        height: in pixels.
+        width: in pixels.
         steps: of the sampler.
         guidance: scale of classifier-free guidance.
         sampler: one of SAMPLERS.
@@ -95,13 +99,13 @@ def draw_start(
     scheduler.set_timesteps(steps, device=family.device)
     # On the CPU, so that a seed means the same image on every device.
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = family.start_shape(size)
+    shape = family.latent_shape(height, width)
     x = torch.stack([torch.randn(shape, generator=one) for one in random]).to(family.device)
     x = x * scheduler.init_noise_sigma
-    told = family.encode_text(prompts)
+    told = family.encode_prompts(prompts)
     guided = guidance != 1 and bool(told)
     if guided:
-        told = join_conditions([told, repeat_condition(family.encode_text([""]), len(prompts))])
+        told = join_conditions([told, repeat_condition(family.encode_prompts([""]), len(prompts))])
     extra = {"generator": random} if sampler in ("ddpm", "euler-a") else {}
     for done, t in enumerate(scheduler.timesteps, 1):
         output = _predict(family, scheduler.scale_model_input(x, t), t, told, guidance if guided else 1.0)

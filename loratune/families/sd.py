@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from loratune.diffusion.process import Prediction, alpha_bars, rescale_zero_terminal_snr
+from loratune.diffusion.process import Prediction, rescale_zero_terminal_snr
+from loratune.diffusion.schedule import NoiseSchedule
 from loratune.errors import UserError
 from loratune.families.family import PREDICTION_TYPES, Condition, Family
 from loratune.families.prompts import Prompts, Windows, filled, join, weigh, windows
@@ -76,7 +77,7 @@ class StableDiffusion(Family):
         betas = DDIMScheduler.from_config({**scheduler_config, "rescale_betas_zero_snr": False}).betas.double()
         if scheduler_config.get("rescale_betas_zero_snr"):
             betas = rescale_zero_terminal_snr(betas)
-        self.register_buffer("alpha_bars", alpha_bars(betas), persistent=False)
+        self.noise_schedule = NoiseSchedule.ddpm(betas)
         self.vae.requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
 
@@ -87,7 +88,7 @@ class StableDiffusion(Family):
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
 
-    def start(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         latents = batch["mean"]
         if noise is not None:
             latents = latents + (0.5 * batch["logvar"]).exp() * noise
@@ -99,10 +100,11 @@ class StableDiffusion(Family):
         """How many pixels a latent's side is."""
         return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
 
-    def start_shape(self, size: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         factor = self.vae_factor
-        check_side(size, factor)
-        return (self.vae.config["latent_channels"], size // factor, size // factor)
+        for side in (height, width):
+            check_side(side, factor)
+        return (self.vae.config["latent_channels"], height // factor, width // factor)
 
     def text_parts(self) -> dict[str, tuple[Any, Any]]:
         """Each text encoder's tokenizer and itself, by the encoder's name in `components`."""
@@ -127,7 +129,7 @@ class StableDiffusion(Family):
         """Token ids, padded to the encoder's window, (B, 77); of every window that the captions fill."""
         return self.windows(captions).ids
 
-    def encode_text(self, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, captions: Sequence[str]) -> Condition:
         """What the network is told for each caption: `text` (B, 77 N, d) for N windows.
 
         With several windows `text_mask` (B, 77 N) is true where a caption fills one.
@@ -154,10 +156,10 @@ class StableDiffusion(Family):
         return json.dumps(said, sort_keys=True, default=str)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = self.network(x_t.to(self.network.dtype), t, **self.told(x_t, condition)).sample
+        output = self.network(x_t.to(self.network.dtype), t, **self.network_kwargs(x_t, condition)).sample
         return cast(Tensor, output.float())
 
-    def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+    def network_kwargs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         """What the network's call takes beside x_t and t."""
         told = {"encoder_hidden_states": condition["text"].to(self.network.dtype)}
         if "text_mask" in condition:
@@ -168,12 +170,6 @@ class StableDiffusion(Family):
         shift = self.vae.config.get("shift_factor") or 0.0
         latents = x_0 / self.vae.config["scaling_factor"] + shift
         return cast(Tensor, self.vae.decode(latents.to(self.vae.dtype)).sample.float())
-
-    def save_folder(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write the base as a diffusers folder; weights are rounded to `dtype`, the model keeps its own."""
-        from loratune.families.load import save_diffusers_folder
-
-        save_diffusers_folder(self, folder, dtype)
 
 
 def _encodes(tokenizer: Any, encoder: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class StableDiffusionXL(StableDiffusion):
     def text_parts(self) -> dict[str, tuple[Any, Any]]:
         return super().text_parts() | {"text_encoder_2": (self.tokenizer_2, self.text_encoder_2)}
 
-    def encode_text(self, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, captions: Sequence[str]) -> Condition:
         """What the network is told for each caption: `text` (B, 77 N, d1 + d2) and `pooled` (B, p) for N windows.
 
         With several windows `text_mask` (B, 77 N) is true where a caption fills one. An empty caption is told as
@@ -83,10 +83,10 @@ class StableDiffusionXL(StableDiffusion):
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         return ids.to(x_t.device, non_blocking=True).expand(len(x_t), -1)
 
-    def told(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+    def network_kwargs(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         sizes = condition["sizes"] if "sizes" in condition else self.time_ids(x_t)
         added = {"text_embeds": condition["pooled"].to(self.network.dtype), "time_ids": sizes}
-        return super().told(x_t, condition) | {"added_cond_kwargs": added}
+        return super().network_kwargs(x_t, condition) | {"added_cond_kwargs": added}
 
     # Autocast would run the float32 VAE in float16 all the same, and its activations pass 65504 there.
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:

@@ -120,13 +120,13 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     own = weight_bytes(family, True, precision)
     imagine(module, precision)
     sizes = sizes_of(data)
-    shape = max((shape_of(family, size) for size in sizes), key=lambda one: one[-1] * one[-2])
+    shape = max((family.latent_shape(*size) for size in sizes), key=lambda one: one[-1] * one[-2])
     rules, frozen_text = Rules(precision, gpu), module.text_is_frozen
     captions = ["a caption"] * data.batch_size
 
     def told() -> dict[str, Any]:
         with torch.set_grad_enabled(not frozen_text):
-            return dict(family.encode_text(captions))
+            return dict(family.encode_prompts(captions))
 
     condition = told()
     once = step(
@@ -188,11 +188,6 @@ def images_of_an_epoch(data: Any) -> int:
     return round(sum(count * each for count, each in zip(counts, often(data.sources, counts), strict=True)))
 
 
-def shape_of(family: Any, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of one x_0 for images of (height, width)."""
-    return (*family.start_shape(size[0])[:-1], family.start_shape(size[1])[-1])
-
-
 def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gpu: bool) -> int:
     """Bytes at the peak of encoding one image."""
     if module.batch_kind != "latents":
@@ -209,12 +204,12 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
     if not any(every.values()):
         return 0
     family: Any = module.family
-    shape, rules = family.start_shape(data.size), Rules(str(trainer.precision_plugin.precision), gpu)
+    shape, rules = family.latent_shape(data.size, data.size), Rules(str(trainer.precision_plugin.precision), gpu)
 
     def some(count: int) -> torch.Tensor:
         return torch.empty(count, *shape, device="meta")
 
-    told = family.encode_text(["a caption"] * 2 * data.batch_size)  # with and without the caption
+    told = family.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
     t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
     taken = peak(lambda: family.denoise(some(len(t)), t, told), rules)
     vae = getattr(family, "vae", None)

@@ -116,9 +116,10 @@ class Sides:
         vae = configs.get("vae", {})
         self.factor = 2 ** (len(vae.get("block_out_channels", ("",))) - 1)
 
-    def start_shape(self, side: int) -> None:
-        """Raise UserError for a side, in pixels, that the VAE cannot halve often enough."""
-        check_side(side, self.factor)
+    def latent_shape(self, height: int, width: int) -> None:
+        """Raise UserError for sides, in pixels, that the VAE cannot halve often enough."""
+        for side in (height, width):
+            check_side(side, self.factor)
 
 
 def is_first() -> bool:

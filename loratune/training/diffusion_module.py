@@ -102,16 +102,16 @@ class DiffusionModule(L.LightningModule):
         """What the network is told; without a caption where `dropped` (B,) says so."""
         if not self.text_is_frozen or "condition" not in batch:
             if dropped is None:
-                return self.family.encode_text(batch["caption"])
+                return self.family.encode_prompts(batch["caption"])
             # Reading `dropped` here would make the host wait for the device.
-            told = self.family.encode_text([*batch["caption"], ""])
+            told = self.family.encode_prompts([*batch["caption"], ""])
             return _where(dropped, {name: value[-1:] for name, value in told.items()}, told)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
         if self._nothing is None:
             with torch.no_grad():
-                self._nothing = self.family.encode_text([""])
+                self._nothing = self.family.encode_prompts([""])
         return _where(dropped, self._nothing, condition)
 
     def losses(
@@ -127,21 +127,22 @@ class DiffusionModule(L.LightningModule):
         Random numbers are drawn for all rows of which these are a share.
         """
         share = share or Share(0, len(t), len(t))
-        shape = (share.total, *self.family.start(batch, None).shape[1:])
-        x_0 = self.family.start(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
+        shape = (share.total, *self.family.x_0(batch, None).shape[1:])
+        x_0 = self.family.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
         noise, noise_in = (share.cut(one) for one in objective.noise(shape, random))
         drawn = torch.rand(share.total, generator=random, device=self.device)
         dropped = share.cut(drawn) < objective.caption_dropout
         told = self._condition(batch, dropped if objective.caption_dropout else None)
         if "sizes" in batch:
             told = {**told, "sizes": batch["sizes"]}
-        a, b = self.family.coefficients(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise_in, a, b), t, told)
+        schedule = self.family.noise_schedule
+        a, b = schedule.at(t, x_0)
+        output = self.family.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), told)
         return weighted_error(
             output,
             target(self.family.prediction, x_0, noise, a, b),
             objective.weight(self.family, a, b),
-            objective.c(t, a, b, len(self.family.alpha_bars)),
+            objective.c(t, a, b, len(self.family.noise_schedule)),
             mask_of(batch, x_0),
         )
 
@@ -156,7 +157,7 @@ class DiffusionModule(L.LightningModule):
             return
         if self.objective.caption_dropout:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                self._nothing = self.family.encode_text([""])
+                self._nothing = self.family.encode_prompts([""])
         release(self.family)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -164,7 +165,7 @@ class DiffusionModule(L.LightningModule):
         random = self._generator("train", batch_idx, 0 if "share" in batch else self.global_rank)
         for part in self._dropouts:
             part.share = share
-        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.alpha_bars), random))
+        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.noise_schedule), random))
         losses = self.losses(batch, t, random, self.objective, share)
         self.latest = (t, losses.detach())
         loss = (losses * batch["loss_weight"]).mean() if "loss_weight" in batch else losses.mean()
@@ -184,7 +185,7 @@ class DiffusionModule(L.LightningModule):
         plain = replace(
             self.objective, caption_dropout=0.0, offset_noise=0.0, pyramid_noise=0.0, input_perturbation=0.0
         )
-        count, steps = len(batch["name"]), len(self.family.alpha_bars)
+        count, steps = len(batch["name"]), len(self.family.noise_schedule)
         random = self._generator(stage, batch_idx)
         losses = []
         for part in range(VALIDATION_STEPS):

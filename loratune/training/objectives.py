@@ -132,7 +132,7 @@ class Objective:
         Raises:
             ValueError: the loss makes no sense for it.
         """
-        self._check(self.prediction or family.prediction, self.zero_terminal_snr or float(family.alpha_bars[-1]) == 0)
+        self._check(self.prediction or family.prediction, self.zero_terminal_snr or family.noise_schedule.ends_in_noise)
         if self.prediction:
             family.predict(self.prediction)
         if self.zero_terminal_snr:

@@ -209,7 +209,7 @@ def test_one_of_several_captions_is_told_and_encoded(
     for batch in epochs(data, 12):
         told.setdefault(batch["name"][0], set()).add(batch["caption"][0])
         with torch.no_grad():
-            assert torch.equal(batch["condition"]["text"], module.family.encode_text(batch["caption"])["text"])
+            assert torch.equal(batch["condition"]["text"], module.family.encode_prompts(batch["caption"])["text"])
     assert told == {f"0{n}.png": {f"in ink, long {n}", f"in ink, short {n}"} for n in (0, 1)}
     first = make(path=str(tmp_path / "p"), captions=Captions(lines=True, choose="first"))
     assert {text for _, text in rows(epochs(first, 6), "caption")} == {"long 0", "long 1"}
@@ -227,7 +227,7 @@ def test_shuffled_tags_are_encoded_when_they_come(
     assert all("condition" not in batch for batch in found)
     with torch.no_grad():
         given = module._condition(found[0], None)["text"]
-        assert torch.equal(given, module.family.encode_text(found[0]["caption"])["text"])
+        assert torch.equal(given, module.family.encode_prompts(found[0]["caption"])["text"])
     assert told == [text for _, text in rows(epochs(data, 8), "caption")]  # from seed and epoch alone
 
 

@@ -35,18 +35,18 @@ class Calls:
 
     def __init__(self, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = self.texts = 0
-        images, texts = family.encode_images, family.encode_text
+        images, texts = family.encode_images, family.encode_prompts
 
         def encode_images(pixels: Tensor) -> dict[str, Tensor]:
             self.images += len(pixels)
             return images(pixels)
 
-        def encode_text(captions: list[str]) -> dict[str, Tensor]:
+        def encode_prompts(captions: list[str]) -> dict[str, Tensor]:
             self.texts += len(captions)
             return texts(captions)
 
         monkeypatch.setattr(family, "encode_images", encode_images)
-        monkeypatch.setattr(family, "encode_text", encode_text)
+        monkeypatch.setattr(family, "encode_prompts", encode_prompts)
 
     def since(self) -> tuple[int, int]:
         """Images and captions encoded since last asked."""
@@ -338,7 +338,7 @@ def test_the_cached_posterior_is_the_vaes_own(
             moments = module.family.vae.encode(normalise(to_tensor(opened))[None]).latent_dist
             assert torch.equal(batch["mean"][row], moments.mean[0])
             assert torch.equal(batch["logvar"][row], moments.logvar[0])
-            told = module.family.encode_text([caption])
+            told = module.family.encode_prompts([caption])
             assert torch.equal(batch["condition"]["text"][row], told["text"][0])
 
 
@@ -391,7 +391,7 @@ def test_the_prefix_is_before_every_caption(make: Callable[..., CaptionedImages]
     batch = next(iter(make(prefix="in sks style, ").train_dataloader()))
     assert all(text.startswith("in sks style, a ") for text in batch["caption"])
     with torch.no_grad():
-        assert torch.equal(batch["condition"]["text"][0], module.family.encode_text(batch["caption"][:1])["text"][0])
+        assert torch.equal(batch["condition"]["text"][0], module.family.encode_prompts(batch["caption"][:1])["text"][0])
 
 
 def test_collate_stacks_what_can_be_stacked() -> None:

@@ -17,7 +17,7 @@ X, T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torc
 
 def look(family: Any, prompts: list[str]) -> torch.Tensor:
     with torch.no_grad():
-        return family.denoise(X, T, family.encode_text(prompts))
+        return family.denoise(X, T, family.encode_prompts(prompts))
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -316,5 +316,6 @@ def test_a_file_that_tells_nothing_has_no_name() -> None:
 
 def test_headers_are_read_without_torch() -> None:
     modules = "architectures, found, layouts, unsupported"
-    code = f"import sys; from loratune.families import {modules}; from loratune.lora import names; sys.exit('torch' in sys.modules)"
+    imports = f"import sys; from loratune.families import {modules}; from loratune.lora import names"
+    code = f"{imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from loratune.cli.main import main
 from loratune.data.encode import Encoder
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_family, save_diffusers_folder
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import (
     COMMA,
@@ -236,14 +236,14 @@ def test_weighing_keeps_the_size_and_turns_the_balance() -> None:
 def predicted(family: StableDiffusion, captions: list[str]) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 8, 8, generator=random).expand(len(captions), -1, -1, -1)
-    return family.denoise(x, torch.full((len(captions),), 500), family.encode_text(captions))
+    return family.denoise(x, torch.full((len(captions),), 500), family.encode_prompts(captions))
 
 
 @torch.no_grad()
 def test_captions_that_fit_are_encoded_and_told_as_with_one_window(family: StableDiffusion) -> None:
-    one, before = family.encode_text(SHORT), predicted(family, SHORT)
+    one, before = family.encode_prompts(SHORT), predicted(family, SHORT)
     family.prompts = Prompts(chunks=3)
-    several = family.encode_text(SHORT)
+    several = family.encode_prompts(SHORT)
     assert several["text"].shape[1] == 3 * 77
     assert_close(several["text"][:, :77], one["text"], rtol=0, atol=1e-6)
     assert (several["text"][:, 77:] == 0).all()
@@ -258,10 +258,10 @@ def test_captions_that_fit_are_encoded_and_told_as_with_one_window(family: Stabl
 @torch.no_grad()
 def test_what_a_long_caption_says_at_its_end_is_heard_with_more_windows(family: StableDiffusion) -> None:
     captions = [LONG + end for end in ("a cat", "a dog")]
-    cut = family.encode_text(captions)["text"]
+    cut = family.encode_prompts(captions)["text"]
     assert torch.equal(cut[0], cut[1])
     family.prompts = Prompts(chunks=3)
-    told = family.encode_text([*captions, SHORT[0]])
+    told = family.encode_prompts([*captions, SHORT[0]])
     assert told["text_mask"].sum(1).tolist() == [231, 231, 77]
     assert not torch.allclose(told["text"][0], told["text"][1])
     outputs = predicted(family, captions)
@@ -276,31 +276,31 @@ def test_sdxls_pooled_state_is_of_the_first_window(tiny_sdxl: Path) -> None:
     long = first + " " + "more and more words " * 10
     window = family.windows([long], "text_encoder_2").ids[0]
     pooled = family.text_encoder_2(window[None]).text_embeds
-    told = family.encode_text([SHORT[0], long, SHORT[2]])["pooled"]
+    told = family.encode_prompts([SHORT[0], long, SHORT[2]])["pooled"]
     assert_close(told[1:2], pooled)
-    assert_close(told[0:1], family.encode_text([SHORT[0]])["pooled"])
-    assert_close(told[2:3], family.encode_text([SHORT[2]])["pooled"])
+    assert_close(told[0:1], family.encode_prompts([SHORT[0]])["pooled"])
+    assert_close(told[2:3], family.encode_prompts([SHORT[2]])["pooled"])
 
 
 @torch.no_grad()
 def test_weights_of_one_change_nothing_and_others_the_word(family: StableDiffusion) -> None:
-    plain = family.encode_text(["a red disc", "a disc"])
+    plain = family.encode_prompts(["a red disc", "a disc"])
     family.prompts = Prompts(weights=True)
-    ones = family.encode_text(["a (red:1.0) disc", "a disc"])
+    ones = family.encode_prompts(["a (red:1.0) disc", "a disc"])
     assert all(torch.equal(plain[name], ones[name]) for name in plain)
-    told = family.encode_text(["a (red:1.5) disc", "a disc"])["text"]
+    told = family.encode_prompts(["a (red:1.5) disc", "a disc"])["text"]
     assert torch.equal(told[1], plain["text"][1])
     factors = (told[0] / plain["text"][0]).median(1).values  # of begin, a, red, disc, ...
     assert_close(factors[2], 1.5 * factors[1], rtol=1e-3, atol=0)
     assert_close(factors[3:], factors[1].expand(74), rtol=1e-3, atol=0)
     family.prompts = Prompts()
-    assert not torch.equal(family.encode_text(["a (red:1.5) disc"])["text"][0, :6], told[0, :6])
+    assert not torch.equal(family.encode_prompts(["a (red:1.5) disc"])["text"][0, :6], told[0, :6])
 
 
 def test_captions_that_are_cut_are_named_once(family: StableDiffusion, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for _ in range(2):
-            family.encode_text(["short", "word " * 74 + "kept lost words"])
+            family.encode_prompts(["short", "word " * 74 + "kept lost words"])
     assert len(caplog.records) == 1
     assert "cut before 'lost words'; shorten it, or set prompts.chunks above 1" in caplog.text
 
@@ -348,7 +348,7 @@ def test_what_says_nothing_of_an_encoding_leaves_its_place(tiny_base: Path, tmp_
     family.tokenizer(["a"], padding="max_length", truncation=True, max_length=5)
     config = family.text_encoder.config
     config._name_or_path, config.architectures, config.transformers_version = "there", ["Other"], "0"
-    family.save_folder(tmp_path / "copy", torch.float32)
+    save_diffusers_folder(family, tmp_path / "copy", torch.float32)
     assert family.text_settings() == before == load_family(str(tmp_path / "copy")).text_settings()
 
 

@@ -129,13 +129,13 @@ def unet_of(pipe: StableDiffusionXLPipeline, x: Tensor, t: Tensor, text: Tensor,
 
 def test_text_is_encoded_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
     text, no_text, pooled, no_pooled = told_by(pipe, CAPTIONS)
-    told = family.encode_text(CAPTIONS)
+    told = family.encode_prompts(CAPTIONS)
     assert told.keys() == {"text", "pooled"}
     assert text.shape == (2, 77, 40)
     assert pooled.shape == (2, 20)
     assert torch.equal(told["text"], text)
     assert torch.equal(told["pooled"], pooled)
-    nothing = family.encode_text(["", CAPTIONS[0]])
+    nothing = family.encode_prompts(["", CAPTIONS[0]])
     assert torch.equal(nothing["text"], torch.stack([no_text[0], text[0]]))
     assert_close(nothing["pooled"], torch.stack([no_pooled[0], pooled[0]]))
 
@@ -143,7 +143,7 @@ def test_text_is_encoded_as_by_the_pipeline(family: StableDiffusionXL, pipe: Sta
 def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
     text, _, pooled, _ = told_by(pipe, CAPTIONS)
     x, t = some_latents(width=12), torch.tensor([3, 900])
-    told = family.encode_text(CAPTIONS)
+    told = family.encode_prompts(CAPTIONS)
     assert family.time_ids(x).tolist() == [[16, 24, 0, 0, 16, 24]] * 2
     output = family.denoise(x, t, told)
     assert_close(output, unet_of(pipe, x, t, text, pooled), rtol=1e-5, atol=1e-5)
@@ -153,7 +153,7 @@ def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: 
 
 @torch.no_grad()
 def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
-    drawn = draw(family, [CAPTIONS[0]], [5], size=16, steps=3, guidance=4.0)
+    drawn = draw(family, [CAPTIONS[0]], [5], height=16, width=16, steps=3, guidance=4.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = pipe(
         CAPTIONS[0], height=16, width=16, latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="pt"
@@ -163,20 +163,20 @@ def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: St
 
 
 def test_a_lora_starts_as_the_base(folder: Path, family: StableDiffusionXL) -> None:
-    x, t, told = some_latents(), torch.tensor([3, 900]), family.encode_text(CAPTIONS)
+    x, t, told = some_latents(), torch.tensor([3, 900]), family.encode_prompts(CAPTIONS)
     module = LoRAModule(str(folder), LoRA(rank=2, text_encoder=True)).eval()
-    assert torch.equal(module.family.encode_text(CAPTIONS)["text"], told["text"])
+    assert torch.equal(module.family.encode_prompts(CAPTIONS)["text"], told["text"])
     assert torch.equal(module.family.denoise(x, t, told), family.denoise(x, t, told))
     randomise(module)
-    assert not torch.equal(module.family.encode_text(CAPTIONS)["text"], told["text"])
+    assert not torch.equal(module.family.encode_prompts(CAPTIONS)["text"], told["text"])
     assert not torch.equal(module.family.denoise(x, t, told), family.denoise(x, t, told))
 
 
 def test_a_dropped_caption_trains_on_nothing(folder: Path) -> None:
     module = LoRAModule(str(folder), LoRA(rank=2))
     shape, t = some_latents(), torch.tensor([3, 900])
-    batch = {"mean": shape, "logvar": torch.zeros_like(shape), "condition": module.family.encode_text(CAPTIONS)}
-    nothing = {**batch, "condition": module.family.encode_text(["", ""])}
+    batch = {"mean": shape, "logvar": torch.zeros_like(shape), "condition": module.family.encode_prompts(CAPTIONS)}
+    nothing = {**batch, "condition": module.family.encode_prompts(["", ""])}
     kept, dropped, wanted = (
         module.losses(one, t, torch.Generator().manual_seed(0), Objective(caption_dropout=share))
         for one, share in ((batch, 0.0), (batch, 1.0), (nothing, 0.0))
@@ -214,7 +214,7 @@ def test_the_pipeline_reads_a_lora_file(folder: Path, pipe: StableDiffusionXLPip
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     text, _, pooled, _ = told_by(pipe, CAPTIONS)
     with torch.no_grad():
-        told = module.family.encode_text(CAPTIONS)
+        told = module.family.encode_prompts(CAPTIONS)
         output = module.family.denoise(x, t, told)
     assert_close(told["text"], text, rtol=1e-5, atol=1e-5)
     assert_close(told["pooled"], pooled, rtol=1e-5, atol=1e-5)
@@ -230,8 +230,8 @@ def test_the_vae_stays_in_float32(folder: Path, family: StableDiffusionXL) -> No
     assert kinds.pop("vae") == {torch.float32}
     assert set.union(*kinds.values()) == {torch.bfloat16}
     x, t = some_latents(), torch.tensor([3, 900])
-    wanted = family.denoise(x, t, family.encode_text(CAPTIONS))
-    assert_close(half.denoise(x, t, half.encode_text(CAPTIONS)), wanted, rtol=0.1, atol=0.1)
+    wanted = family.denoise(x, t, family.encode_prompts(CAPTIONS))
+    assert_close(half.denoise(x, t, half.encode_prompts(CAPTIONS)), wanted, rtol=0.1, atol=0.1)
     pixels = family.decode(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(family.decode(x), pixels)
@@ -245,8 +245,8 @@ def test_a_saved_folder_is_the_same_base(family: StableDiffusionXL, tmp_path: Pa
     for name, part in family.components().items():
         for key, value in part.state_dict().items():
             assert torch.equal(value, again.components()[name].state_dict()[key]), f"{name}.{key}"
-    told = family.encode_text(CAPTIONS)
-    assert torch.equal(again.encode_text(CAPTIONS)["text"], told["text"])
+    told = family.encode_prompts(CAPTIONS)
+    assert torch.equal(again.encode_prompts(CAPTIONS)["text"], told["text"])
     assert torch.equal(told_by(pipe, CAPTIONS)[0], told["text"])
     assert (again.tokenizer.pad_token, again.tokenizer_2.pad_token) == ("<|endoftext|>", "!")
     assert pipe.config.force_zeros_for_empty_prompt

@@ -127,7 +127,7 @@ def test_a_file_computes_what_diffusers_computes(
     kind: Any = getattr(diffusers, pipeline_name(configs))
     pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     captions = ["a red disc", "a very long caption " * 30]
-    told, x, t = family.encode_text(captions), torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
+    told, x, t = family.encode_prompts(captions), torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
     if isinstance(family, StableDiffusionXL):
         text, _, pooled, _ = pipe.encode_prompt(captions)
         assert_close(told["pooled"], pooled)
@@ -151,7 +151,7 @@ def test_a_base_is_saved_as_a_file_and_is_the_same(
     again = load_family(str(tmp_path / "one.safetensors"))
     assert same(weights_of(again, torch.float32), weights_of(family, torch.float32))
     assert configs_of(again) == configs_of(family)
-    assert torch.equal(again.alpha_bars, family.alpha_bars)
+    assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
     header = read_header(tmp_path / "one.safetensors")
     assert ({"v_pred", "ztsnr"} <= header.tensors.keys()) == (name == "sdxl")
     assert header.metadata["modelspec.prediction_type"] == "v"
@@ -207,7 +207,7 @@ def test_sdxl_files_are_marked_by_empty_tensors(
     write_safetensors(tmp_path / "x.safetensors", tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
     family = load_family(str(tmp_path / "x.safetensors"))
     assert family.prediction == "v"
-    a, b = family.coefficients(torch.tensor([999]), torch.zeros(1, 1, dtype=torch.float64))
+    a, b = family.noise_schedule.at(torch.tensor([999]), torch.zeros(1, 1, dtype=torch.float64))
     assert snr(a, b).item() == 0
 
 

@@ -16,7 +16,7 @@ from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families.family import join_conditions, repeat_condition
 from loratune.families.found import builtin_names, find_base
-from loratune.families.load import configs_of, load_family, weights_of
+from loratune.families.load import configs_of, load_family, save_diffusers_folder, weights_of
 from loratune.families.sd import NewStableDiffusion, StableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
@@ -65,16 +65,16 @@ def refused(name: str | Path) -> str:
 
 
 def test_a_folder_is_written_and_read_without_loss(family: StableDiffusion, tmp_path: Path) -> None:
-    family.save_folder(tmp_path / "copy", torch.float32)
+    save_diffusers_folder(family, tmp_path / "copy", torch.float32)
     again = load_family(str(tmp_path / "copy"))
     assert same_weights(family, again)
     assert configs_of(family) == configs_of(again)
     assert again.prediction == family.prediction == "v"
-    assert torch.equal(again.alpha_bars, family.alpha_bars)
+    assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
 
 
 def test_a_folder_of_halves_is_the_weights_rounded_once(family: StableDiffusion, tmp_path: Path) -> None:
-    family.save_folder(tmp_path / "half")
+    save_diffusers_folder(family, tmp_path / "half")
     again = load_family(str(tmp_path / "half"))
     assert same_weights(family, again, torch.float16)
     assert next(again.network.parameters()).dtype == torch.float32
@@ -85,7 +85,7 @@ def test_a_folder_of_halves_is_the_weights_rounded_once(family: StableDiffusion,
 
 def test_a_folder_that_is_there_is_not_overwritten(family: StableDiffusion, tiny_base: Path) -> None:
     with pytest.raises(UserError, match="not an empty folder"):
-        family.save_folder(tiny_base)
+        save_diffusers_folder(family, tiny_base)
 
 
 def test_a_single_file_is_the_same_base(family: StableDiffusion, tiny_base: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_single_file_is_the_same_base(family: StableDiffusion, tiny_base: Path
     again = load_family(str(file))
     assert same_weights(family, again)
     assert again.prediction == "v"
-    assert torch.equal(again.alpha_bars, family.alpha_bars)
+    assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
     merge(str(file), [str(lora)], folder)
     assert same_weights(family, load_family(str(folder)))
 
@@ -116,8 +116,8 @@ def test_weights_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path) ->
 @torch.no_grad()
 def test_diffusers_loads_the_folder_and_computes_the_same(family: StableDiffusion, pipeline: Any) -> None:
     told, nothing = pipeline.encode_prompt(CAPTIONS, "cpu", 1, True)
-    assert torch.equal(family.encode_text(CAPTIONS)["text"], told)
-    assert torch.equal(family.encode_text([""] * 3)["text"], nothing)
+    assert torch.equal(family.encode_prompts(CAPTIONS)["text"], told)
+    assert torch.equal(family.encode_prompts([""] * 3)["text"], nothing)
     x, t = random(3, 4, 8, 8), torch.tensor([0, 500, 999])
     network = pipeline.unet.to(memory_format=torch.channels_last)  # as ours, so that sums have one order
     assert torch.equal(family.denoise(x, t, {"text": told}), network(x, t, told).sample)
@@ -130,14 +130,14 @@ def test_diffusers_loads_the_folder_and_computes_the_same(family: StableDiffusio
 
 
 def test_the_noise_schedule_is_the_schedulers(family: StableDiffusion, pipeline: Any) -> None:
-    assert family.alpha_bars.dtype == torch.float64
-    assert torch.allclose(family.alpha_bars.float(), pipeline.scheduler.alphas_cumprod, atol=1e-6)
-    assert family.alpha_bars[-1] == 0
-    a, b = family.coefficients(torch.tensor([0, 300, 999]), torch.zeros(3, 4, 8, 8, dtype=torch.float64))
+    assert family.noise_schedule.a.dtype == torch.float64
+    assert torch.allclose(family.noise_schedule.a.square().float(), pipeline.scheduler.alphas_cumprod, atol=1e-6)
+    assert family.noise_schedule.a[-1] == 0
+    a, b = family.noise_schedule.at(torch.tensor([0, 300, 999]), torch.zeros(3, 4, 8, 8, dtype=torch.float64))
     assert a.shape == (3, 1, 1, 1)
     assert torch.allclose(a**2 + b**2, torch.ones_like(a), atol=1e-12)
     assert snr(a, b).flatten()[-1] == 0
-    assert family.coefficients(torch.tensor([5]), torch.zeros(1, 1))[0].dtype == torch.float32
+    assert family.noise_schedule.at(torch.tensor([5]), torch.zeros(1, 1))[0].dtype == torch.float32
 
 
 # Images and text as what the network takes.
@@ -151,21 +151,21 @@ def test_start_draws_from_the_posterior(family: StableDiffusion, monkeypatch: py
     noise, scale = random(2, 4, 8, 8, seed=2), family.vae.config["scaling_factor"]
     deviation = torch.sqrt(torch.exp(batch["logvar"]))
     wanted = scale * (batch["mean"] + deviation * noise - (shift or 0))
-    assert torch.allclose(family.start(batch, noise), wanted, atol=1e-6)
-    assert torch.allclose(family.start(batch, None), scale * (batch["mean"] - (shift or 0)), atol=1e-6)
-    assert torch.equal(family.start(batch, None), family.start(batch, torch.zeros_like(noise)))
+    assert torch.allclose(family.x_0(batch, noise), wanted, atol=1e-6)
+    assert torch.allclose(family.x_0(batch, None), scale * (batch["mean"] - (shift or 0)), atol=1e-6)
+    assert torch.equal(family.x_0(batch, None), family.x_0(batch, torch.zeros_like(noise)))
     assert all(torch.equal(batch[key], kept[key]) for key in kept)
     latents: list[Tensor] = []
     monkeypatch.setattr(family.vae, "decode", lambda x: latents.append(x) or type("D", (), {"sample": x}))
-    family.decode(family.start(batch, None))
+    family.decode(family.x_0(batch, None))
     assert torch.allclose(latents[0], batch["mean"], atol=1e-6)  # decode undoes scale and shift
 
 
-def test_start_shape(family: StableDiffusion) -> None:
-    assert family.start_shape(16) == (4, 8, 8)
-    assert family.start_shape(10) == (4, 5, 5)
+def test_latent_shape(family: StableDiffusion) -> None:
+    assert family.latent_shape(16, 16) == (4, 8, 8)
+    assert family.latent_shape(10, 16) == (4, 5, 8)
     with pytest.raises(UserError, match="size 15: the VAE needs a multiple of 2"):
-        family.start_shape(15)
+        family.latent_shape(16, 15)
 
 
 def test_tokens_fill_the_window_and_long_captions_are_cut(family: StableDiffusion) -> None:
@@ -181,7 +181,7 @@ def test_tokens_fill_the_window_and_long_captions_are_cut(family: StableDiffusio
 
 @torch.no_grad()
 def test_conditions_are_joined_and_repeated(family: StableDiffusion) -> None:
-    one, two = family.encode_text(["a disc"]), family.encode_text(["a ring"])
+    one, two = family.encode_prompts(["a disc"]), family.encode_prompts(["a ring"])
     joined = join_conditions([one, repeat_condition(two, 3)])
     assert joined["text"].shape[0] == 4
     assert torch.equal(joined["text"][0], one["text"][0])

@@ -90,14 +90,14 @@ def test_rows_start_from_the_words_of_the_initializer_in_turn(tiny_base: Path) -
 @torch.no_grad()
 def test_captions_without_the_token_stay_what_they_were(tiny_base: Path) -> None:
     family = load_family(str(tiny_base)).eval()
-    before = family.encode_text(CAPTIONS)["text"]
+    before = family.encode_prompts(CAPTIONS)["text"]
     add_tokens(family.text_parts(), ["<blob>"], {"text_encoder": rows(1, 16)})
-    after = family.encode_text(CAPTIONS)["text"]
+    after = family.encode_prompts(CAPTIONS)["text"]
     assert torch.equal(after[1], before[1])
     assert not torch.allclose(after[0], before[0])
     add_tokens(family.text_parts(), ["<other>"], {"text_encoder": rows(1, 16, seed=1)})  # one more beside it
-    assert torch.equal(family.encode_text(CAPTIONS)["text"], after)
-    assert not torch.allclose(family.encode_text(["a <other> on a table"])["text"][0], after[0])
+    assert torch.equal(family.encode_prompts(CAPTIONS)["text"], after)
+    assert not torch.allclose(family.encode_prompts(["a <other> on a table"])["text"][0], after[0])
 
 
 @torch.no_grad()
@@ -107,9 +107,9 @@ def test_the_pooled_state_stays_that_of_the_end_token(tiny_sdxl: Path, end: int)
     for module in family.text_encoder_2.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = end  # 2 in old configurations, and then the token of the highest number
-    before = family.encode_text(CAPTIONS)["pooled"]
+    before = family.encode_prompts(CAPTIONS)["pooled"]
     add_tokens(family.text_parts(), ["<blob>"], {"text_encoder": rows(1, 8), "text_encoder_2": rows(1, 12)})
-    after = family.encode_text(CAPTIONS)["pooled"]
+    after = family.encode_prompts(CAPTIONS)["pooled"]
     assert torch.equal(after[1], before[1])
     ids = family.windows(CAPTIONS, "text_encoder_2").ids[:1]
     states = family.text_encoder_2(ids, output_hidden_states=True).last_hidden_state
@@ -129,8 +129,8 @@ def test_diffusers_reads_our_file_as_we_do(tiny_base: Path, tmp_path: Path) -> N
     assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[len(before) :], rows(3, 16))
     with torch.no_grad():
         theirs = pipeline.encode_prompt(CAPTIONS, "cpu", 1, False)[0]
-        ours = load_with(str(tiny_base), [], "cpu", [path]).encode_text(CAPTIONS)["text"]
-        base = load_family(str(tiny_base)).encode_text(CAPTIONS)["text"]
+        ours = load_with(str(tiny_base), [], "cpu", [path]).encode_prompts(CAPTIONS)["text"]
+        base = load_family(str(tiny_base)).encode_prompts(CAPTIONS)["text"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert not torch.allclose(ours[0], base[0])
 
@@ -150,7 +150,7 @@ def test_diffusers_reads_sdxls_rows_as_we_do(tiny_sdxl: Path, tmp_path: Path) ->
     pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
     with torch.no_grad():
         theirs = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
-        ours = load_with(str(tiny_sdxl), [], "cpu", [path]).encode_text(CAPTIONS)
+        ours = load_with(str(tiny_sdxl), [], "cpu", [path]).encode_prompts(CAPTIONS)
     torch.testing.assert_close(ours["text"], theirs[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(ours["pooled"], theirs[2], rtol=0, atol=1e-5)
 

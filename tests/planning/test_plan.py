@@ -53,7 +53,7 @@ def real_step(module: LoRAModule, count: int, shape: Any, dtype: torch.dtype | N
         return value
 
     with torch.no_grad():
-        told = module.family.encode_text(["a disc"] * count)
+        told = module.family.encode_prompts(["a disc"] * count)
     autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), autocast:
         x_t, t = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.long)
@@ -72,7 +72,7 @@ def test_activations_are_those_of_a_true_step(precision: str, targets: str, memo
         module = LoRAModule("builtin:emoji-64", lora, memory=memory)
     imagine(module, precision)
     with torch.no_grad():
-        told = module.family.encode_text(["a disc"] * 2)
+        told = module.family.encode_prompts(["a disc"] * 2)
     made = step(module.family, 2, shape, lambda: told, Rules(precision, gpu=False), backward=False)
     assert made.activations == pytest.approx(real, rel=0.06)
     assert made.flops > 0

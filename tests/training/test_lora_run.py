@@ -30,7 +30,7 @@ def predictions(family: object, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 4, 8, 8, generator=random)
     with torch.no_grad():
-        told = family.encode_text(["a red disc", "a blue disc"])  # type: ignore[attr-defined]
+        told = family.encode_prompts(["a red disc", "a blue disc"])  # type: ignore[attr-defined]
         return family.denoise(x, torch.tensor([10, 900]), told)  # type: ignore[attr-defined]
 
 
@@ -70,8 +70,8 @@ def test_diffusers_draws_with_the_lora_as_we_do(
     with torch.no_grad():
         told = pipeline.text_encoder(ours.tokens(["a red disc"])).last_hidden_state
         theirs = pipeline.unet(x, t, told).sample
-        assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_text(["a red disc"])), atol=1e-5)
-        assert not torch.allclose(theirs, base.denoise(x, t, base.encode_text(["a red disc"])), atol=1e-3)
+        assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_prompts(["a red disc"])), atol=1e-5)
+        assert not torch.allclose(theirs, base.denoise(x, t, base.encode_prompts(["a red disc"])), atol=1e-3)
 
 
 def test_a_run_leaves_a_lora_with_its_recipe(recipe: Path, tmp_path: Path, tiny_base: Path) -> None:

@@ -35,7 +35,7 @@ def bytes_of(module: nn.Module) -> int:
 def output_of(module: LoRAModule) -> Tensor:
     """What the network answers at fixed x_t and t."""
     random = torch.Generator().manual_seed(0)
-    told = module.family.encode_text(["a red disc", "a blue disc"])
+    told = module.family.encode_prompts(["a red disc", "a blue disc"])
     return module.family.denoise(torch.randn(2, 4, 8, 8, generator=random), torch.tensor([10, 900]), told)
 
 
@@ -185,10 +185,10 @@ def test_compile_takes_training_steps_alone_and_only_whole_batches(
     plain = LoRAModule(str(tiny_base), LoRA(rank=4))
     module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(compile=True))
     assert module.state_dict().keys() == plain.state_dict().keys()
-    told = module.family.encode_text(["a disc"] * 4)
+    told = module.family.encode_prompts(["a disc"] * 4)
 
     def given(count: int) -> torch.Tensor:
-        x_t = torch.ones(count, *module.family.start_shape(16))
+        x_t = torch.ones(count, *module.family.latent_shape(16, 16))
         return module.family.denoise(x_t, torch.full((count,), 500), {"text": told["text"][:count]})
 
     for count in (2, 1, 4, 2, 4):
@@ -201,7 +201,7 @@ def test_compile_takes_training_steps_alone_and_only_whole_batches(
         if "lora_" in name:
             value.data = torch.ones_like(value) / 50
     module.load_state_dict(plain.state_dict(), strict=False)
-    expected = plain.family.denoise(torch.ones(4, *module.family.start_shape(16)), torch.full((4,), 500), told)
+    expected = plain.family.denoise(torch.ones(4, *module.family.latent_shape(16, 16)), torch.full((4,), 500), told)
     assert torch.allclose(given(4), expected, atol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_release_drops_all_but_the_network(recipe: Path, tmp_path: Path) -> None
     kept = run_recipe(small(recipe, "--trainer.default_root_dir", str(tmp_path / "kept")))
     assert not any(isinstance(part, Released) for part in kept.model.family.components().values())
     with pytest.raises(UserError, match="the text_encoder was released when training began"):
-        cli.model.family.encode_text(["a red disc"])
+        cli.model.family.encode_prompts(["a red disc"])
 
 
 def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
 
 def test_released_parts_say_so(tiny_base: Path) -> None:
     family = load_family(str(tiny_base))
-    shape = family.start_shape(16)
+    shape = family.latent_shape(16, 16)
     release(family)
-    assert family.start_shape(16) == shape
+    assert family.latent_shape(16, 16) == shape
     with pytest.raises(UserError, match=r"memory.release is true: the vae was released"):
         family.decode(torch.zeros(1, *shape))
 

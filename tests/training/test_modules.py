@@ -74,7 +74,7 @@ def test_min_snr_weighs_the_loss() -> None:
     batch, t = pixel_batch(), torch.tensor([5, 400, 999])
     plain = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective())
     weighed = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective(min_snr_gamma=5.0))
-    bars = family.alpha_bars[t]
+    bars = family.noise_schedule.a[t].square()
     snr = bars / (1 - bars)
     assert torch.allclose((weighed / plain).double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-5)
 
@@ -84,12 +84,12 @@ def test_caption_dropout_replaces_captions_by_nothing(tiny_base: Path) -> None:
     family = module.family
     batch = {"name": ["a", "b"], "caption": ["a red disc", "a blue disc"]}
     batch |= {"mean": torch.zeros(2, 4, 8, 8), "logvar": torch.zeros(2, 4, 8, 8)}
-    nothing = family.encode_text([""])["text"][0]
+    nothing = family.encode_prompts([""])["text"][0]
     both = module._condition(batch, torch.tensor([True, False]))["text"]
     assert torch.allclose(both[0], nothing, atol=1e-6)
-    assert torch.allclose(both[1], family.encode_text(["a blue disc"])["text"][0], atol=1e-6)
+    assert torch.allclose(both[1], family.encode_prompts(["a blue disc"])["text"][0], atol=1e-6)
     module = DiffusionModule(str(tiny_base))
-    cached = batch | {"condition": family.encode_text(batch["caption"])}
+    cached = batch | {"condition": family.encode_prompts(batch["caption"])}
     frozen = module._condition(cached, torch.tensor([True, False]))["text"]
     assert torch.allclose(frozen, both, atol=1e-6)
     torch.manual_seed(0)
@@ -166,7 +166,7 @@ def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, im
     weight = average["family.network.conv_in.weight"].half().float()
     assert torch.equal(made.network.conv_in.weight, weight)
     assert made.prediction == "v"
-    assert float(made.alpha_bars[-1]) == 0
+    assert made.noise_schedule.ends_in_noise
 
 
 def test_ema_is_its_formula_and_swaps_in_and_out() -> None:

@@ -147,16 +147,16 @@ def pixels(prediction: Any = "v") -> PixelDDPM:
 
 def test_zero_terminal_snr_rescales_the_schedule_for_the_loss_and_for_drawing() -> None:
     plain, module = pixels(), DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True))
-    bars = module.family.alpha_bars
+    bars = module.family.noise_schedule.a.square()
     betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
     torch.testing.assert_close(bars, process.alpha_bars(betas).to(bars), rtol=1e-9, atol=1e-12)
-    assert bars[-1] == 0 < plain.alpha_bars[-1]
+    assert bars[-1] == 0 < plain.noise_schedule.a[-1]
     sampler = make_sampler("ddim", module.family.scheduler_config)
     torch.testing.assert_close(sampler.alphas_cumprod, bars.float(), rtol=1e-5, atol=1e-6)
     sampler.set_timesteps(10)
     assert sampler.timesteps[0] == 999
     again = DiffusionModule(module.family, objective=Objective(zero_terminal_snr=True))
-    assert torch.equal(again.family.alpha_bars, bars)  # a schedule that ends in noise is left as it is
+    assert torch.equal(again.family.noise_schedule.a.square(), bars)  # a schedule that ends in noise is left as it is
 
 
 @pytest.mark.parametrize("set_to", [{"min_snr_gamma": 5.0}, {"debiased": True}])
@@ -213,7 +213,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
     write_lora(tmp_path / "x.safetensors", LoRAFile({name: layer}, told))
     drawn = load_with(str(tiny_sdxl), [str(tmp_path / "x.safetensors")], "cpu")
     assert drawn.prediction == "v"
-    assert torch.equal(drawn.alpha_bars, module.family.alpha_bars)
+    assert torch.equal(drawn.noise_schedule.a, module.family.noise_schedule.a)
     assert drawn.scheduler_config == module.family.scheduler_config
     module.objective = Objective()
     assert _drawing(module) == {}

@@ -84,7 +84,7 @@ def sample(
     parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for part in track(parts, description="sampling", transient=True):
         texts, seeds = [text for text, _ in part], [number for _, number in part]
-        images.extend(map(to_image, draw(family, texts, seeds, side, steps, guidance, sampler).cpu()))
+        images.extend(map(to_image, draw(family, texts, seeds, side, side, steps, guidance, sampler).cpu()))
     _save(images, pairs, out, captions)
     if not captions:
         _save_grid(images, every, seed, out / "grid.png", max(128, side))

@@ -34,7 +34,7 @@ QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 def predictions(family: Family) -> Tensor:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        told = family.eval().encode_text(["a red disc", "a blue disc"])
+        told = family.eval().encode_prompts(["a red disc", "a blue disc"])
         return family.denoise(x, torch.tensor([10, 900]), told)
 
 
@@ -110,9 +110,9 @@ def test_a_text_encoders_lora_changes_what_text_means(made: Made, tmp_path: Path
     out = out_of(source, tmp_path)
     merge(str(made.base(source)), [str(made.files["one"])], out)
     with torch.no_grad():
-        wanted = made.modules["one"].family.encode_text(["a red disc"])["text"]
-        found = load_family(str(out)).eval().encode_text(["a red disc"])["text"]
-        plain = load_family(str(made.folder_base)).eval().encode_text(["a red disc"])["text"]
+        wanted = made.modules["one"].family.encode_prompts(["a red disc"])["text"]
+        found = load_family(str(out)).eval().encode_prompts(["a red disc"])["text"]
+        plain = load_family(str(made.folder_base)).eval().encode_prompts(["a red disc"])["text"]
     assert (found - wanted).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-3
 
