@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune.cli.help import VerbHelp, usage_of
 from loratune.errors import UserError
 
 Verb = Callable[..., int | None]
@@ -40,6 +39,8 @@ def run_verb(verb: Verb, words: Sequence[str]) -> int:
 
 def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
     from jsonargparse import ArgumentParser
+
+    from loratune.cli.help import VerbHelp, usage_of
 
     name = verb.__name__
 

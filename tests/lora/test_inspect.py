@@ -71,7 +71,7 @@ def test_a_full_size_checkpoint_is_told_by_its_header(tmp_path, capsys, name, fa
 def test_a_checkpoint_needs_neither_torch_nor_more_than_its_header(tmp_path):
     path = empty_checkpoint(tmp_path / "a.safetensors", "sdxl")
     code = (
-        "import sys; from pathlib import Path; from loratune.cli.main import main; from loratune.tools import inspect;"
+        "import sys; from pathlib import Path; from loratune.cli.main import main; from loratune.lora import inspect;"
         "read = lambda: int(Path('/proc/self/io').read_text().split()[1]) if Path('/proc/self/io').exists() else 0;"
         "from loratune.families.architectures import architectures; architectures();"
         f"before = read(); assert main(['inspect', {str(path)!r}]) == 0; count = read() - before;"
@@ -145,7 +145,7 @@ def test_the_table_shows_all_of_it_and_runs_nothing_that_metadata_say(tmp_path, 
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\x07" not in shown
-    assert "[/bold] [red]?[2J?" in shown
+    assert "[/bold] [red]\\x1b[2J\\x07" in shown
     assert "unet.down_blocks.0: " in shown
     assert "diffusers: whole" in shown
 
