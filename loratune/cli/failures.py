@@ -19,7 +19,7 @@ LESS_MEMORY = {
     "combine": "give --rank",
 }
 """What takes less memory, by verb."""
-RECIPES = "lower data.batch_size or data.size, or set model.memory.checkpointing: true"
+RECIPES = "lower data.batch_size or data.resolution, or set model.memory.gradient_checkpointing: true"
 FILES = "close other programs"
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.I)
 

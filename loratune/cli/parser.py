@@ -61,7 +61,7 @@ def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
 
 
 def overridden(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without those that override a recipe's keys, such as --data.size 512, and these."""
+    """Words without those that override a recipe's keys, such as --data.resolution 512, and these."""
     rest: list[str] = []
     keys: list[str] = []
     pending = False

@@ -13,7 +13,7 @@ from loratune.data.sources import read_source
 from loratune.diffusion.objective import psnr
 from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
 from loratune.families.family import Family
-from loratune.families.sampling import draw
+from loratune.families.sampling import sample_images
 from loratune.families.sd import StableDiffusion
 from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.load import load_with
@@ -27,13 +27,13 @@ class Sampling(NamedTuple):
     Args:
         size: side in pixels.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance.
         seed: of the first image, and of the choice of images.
     """
 
     size: int
     steps: int
-    guidance: float
+    guidance_scale: float
     seed: int
 
 
@@ -60,7 +60,8 @@ def draw_all(family: Family, captions: Sequence[str], sampling: Sampling) -> Ten
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [sampling.seed + start + i for i in range(len(part))]
-        images.append(draw(family, part, seeds, sampling.size, sampling.size, sampling.steps, sampling.guidance).cpu())
+        side, steps, scale = sampling.size, sampling.steps, sampling.guidance_scale
+        images.append(sample_images(family, part, seeds, side, side, steps, scale).cpu())
     return torch.cat(images)
 
 
@@ -74,7 +75,7 @@ def measure_nearest(
     images = draw_all(family, [captions[i] for i in chosen.tolist()], sampling)
     rates = {by.__name__: round(nearest_rate(images, reals, chosen, by, seed=seed), 4) for by in BY}
     named = {f"nearest_of_20_by_{name}": rate for name, rate in rates.items()}
-    return named | {"samples": len(chosen), "guidance": sampling.guidance, "steps": sampling.steps}
+    return named | {"samples": len(chosen), "guidance_scale": sampling.guidance_scale, "steps": sampling.steps}
 
 
 def measure_style(

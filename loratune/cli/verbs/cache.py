@@ -14,14 +14,14 @@ def cache(recipe: Path, /, *overrides: str) -> None:
     """Encode a recipe's images and captions into the cache, and stop; what is there already is kept.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.workers 4.
+        recipe: whose images; its keys can be overridden, as in --data.num_workers 4.
     """
     from loratune.planning.plan import size_text
     from loratune.recipe.run import run
 
     cli = run(["-c", str(recipe), *overrides], execute=False)
     images, model = cli.datamodule, cli.model
-    if getattr(model, "batch_kind", "") != "latents" or images.on_the_fly:
+    if getattr(model, "batch_kind", "") != "latents" or not images.cache_latents:
         raise UserError(f"{recipe}: nothing of it is cached: its images are used as pixels in each step")
     started = time.perf_counter()
     if not _encode(cli):
@@ -31,8 +31,8 @@ def cache(recipe: Path, /, *overrides: str) -> None:
     speed = f", {new / seconds:.1f} images/s" if new else ""
     kept = count - new - unreadable
     say(f"{count} images: {new} encoded now, {kept} were there, {unreadable} unreadable; {seconds:.1f} s{speed}")
-    size = sum(file.stat().st_size for file in images.cache.expanduser().rglob("*.safetensors"))
-    say(f"{images.cache} holds {size_text(size)}, of all runs together")
+    size = sum(file.stat().st_size for file in images.cache_dir.expanduser().rglob("*.safetensors"))
+    say(f"{images.cache_dir} holds {size_text(size)}, of all runs together")
 
 
 def _encode(cli: Any) -> bool:

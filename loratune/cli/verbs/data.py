@@ -22,7 +22,7 @@ def data(recipe: Path, /, *overrides: str, json: Path | None = None) -> int:
     Nothing is encoded or written but FILE. The exit code is 1 where something should be mended.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.size 512.
+        recipe: whose images; its keys can be overridden, as in --data.resolution 512.
         json: a file that gets everything that was found.
     """
     from rich.progress import track
@@ -42,7 +42,7 @@ def data(recipe: Path, /, *overrides: str, json: Path | None = None) -> int:
         images.batch_size * cli.trainer.world_size,
         counter(prompts, token),
         WINDOW * prompts.chunks,
-        images.workers,
+        images.num_workers,
         lambda looks: track(looks, total=len(images.collection), description="looking", transient=True),
     )
     say("\n".join(lines_of(str(recipe), report)))

@@ -19,7 +19,7 @@ def measure(
     samples: int = 200,
     size: int = 64,
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance_scale: float = 4.0,
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
@@ -38,7 +38,7 @@ def measure(
         samples: how many images to measure.
         size: side in pixels.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance.
         seed: of the samples and of the choice of images.
         out: also write the JSON here.
     """
@@ -48,7 +48,7 @@ def measure(
     from loratune.formats.atomic import atomic_path
     from loratune.lora.load import load_with
 
-    sampling = room.Sampling(size, steps, guidance, seed)
+    sampling = room.Sampling(size, steps, guidance_scale, seed)
     reals, captions = room.read_images(data, size)
     if what == "vae":
         numbers = room.measure_vae(load_with(base, lora), reals[:samples])

@@ -105,7 +105,7 @@ def _verdict(plan: Plan, room: int, advice: tuple[list[str], Plan] | None) -> It
         return
     yield f"It does not fit: {size_text(plan.peak)}, and there are {size_text(room)}."
     if advice is None:
-        yield "No change that is known here makes it fit; take a smaller data.size or another device."
+        yield "No change that is known here makes it fit; take a smaller data.resolution or another device."
         return
     yield f"With these changes it takes {size_text(advice[1].peak)}:"
     yield from (f"  {change}" for change in advice[0])

@@ -38,7 +38,9 @@ def quickstart(
     overwrite = _overwrite(out)
     cli = run(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(out), *overwrite])
     trained = time.perf_counter()
-    numbers = _compare(cli.model.base_name, Path(cli.datamodule.sources[0].path), cli.datamodule.size, out, weight)
+    numbers = _compare(
+        cli.model.base_name, Path(cli.datamodule.sources[0].path), cli.datamodule.resolution, out, weight
+    )
     finished = time.perf_counter()
     numbers["seconds"] = {"training": round(trained - started, 1), "all": round(finished - started, 1)}
     _write(out / "metrics.json", numbers)

@@ -22,7 +22,7 @@ def sample(
     prompts: Path | None = None,
     out: Path = Path("samples"),
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance_scale: float = 4.0,
     sampler: str = "ddim",
     seed: int = 0,
     count: int = 1,
@@ -43,7 +43,7 @@ def sample(
         prompts: a text file with one prompt a line.
         out: folder for the images.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_scale: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
         seed: of the first image of each prompt; the same seed and prompt give the same image.
         count: images for each prompt, from seed, seed + 1, and so on.
@@ -64,7 +64,7 @@ def sample(
     from rich.progress import track
 
     from loratune.families.prompts import Prompts, parse_weights
-    from loratune.families.sampling import draw, make_sampler
+    from loratune.families.sampling import make_scheduler, sample_images
     from loratune.formats.images import to_image
     from loratune.lora.load import load_with
 
@@ -76,7 +76,7 @@ def sample(
         parse_weights(text)
     family = load_with(base, lora, device, embedding)
     family.prompts = reading
-    make_sampler(sampler, family.scheduler_config)
+    make_scheduler(sampler, family.scheduler_config)
     _writable(out)
     pairs = [(text, seed + number) for text in every for number in range(count)]
     side = size or own_size(family)
@@ -84,7 +84,9 @@ def sample(
     parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for part in track(parts, description="sampling", transient=True):
         texts, seeds = [text for text, _ in part], [number for _, number in part]
-        images.extend(map(to_image, draw(family, texts, seeds, side, side, steps, guidance, sampler).cpu()))
+        images.extend(
+            map(to_image, sample_images(family, texts, seeds, side, side, steps, guidance_scale, sampler).cpu())
+        )
     _save(images, pairs, out, captions)
     if not captions:
         _save_grid(images, every, seed, out / "grid.png", max(128, side))
