@@ -130,14 +130,13 @@ class RecipeCLI(LightningCLI):
     """`loratune fit|validate|test`: a recipe's sections are the signatures of what they fill."""
 
     def __init__(self, source: Source, **kwargs: Any) -> None:
-        self.source = source
+        RecipeParser.source = source  # of the class, as the parser makes others of its class for what is within
         super().__init__(**kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with our errors."""
         kwargs.setdefault("dump_header", [f"loratune {__version__}"])
         parser = RecipeParser(**kwargs)
-        parser.source = self.source
         parser.add_argument(
             "-c", "--config", action="config", help="A recipe (YAML); later ones override earlier ones."
         )
