@@ -1,8 +1,12 @@
-"""The exception for what a user can mend, and how any message is made safe to print."""
+"""The exceptions for what a user can mend, and how any message is made safe to print."""
 
 
 class UserError(Exception):
     """A mistake in a recipe, a file or an argument; the message names it and says what to do."""
+
+
+class UnwritableError(UserError):
+    """A file cannot be written: the disk is full, or the place refuses."""
 
 
 def visible(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,7 +32,7 @@ from loratune.evaluation.paired import (
 from loratune.evaluation.run_page import write_page
 from loratune.families.family import Family
 from loratune.lora.norms import norms_by_block
-from loratune.runs.history import History
+from loratune.runs.loggers import log_numbers, log_warning
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 from loratune.training.ranges import add, means, range_names
@@ -86,22 +85,13 @@ class Evaluate(L.Callback):
         self.levels, self.seed, self.figures, self.report = levels, seed, figures, report
         self._sets: dict[str, list[Chunk]] = {}
         self._base: dict[str, Outputs] = {}
-        self._history: History | None = None
         self._at, self._step, self._steps = 0, -1, 1000
         self._sums: Tensor | None = None
         self._best: dict[str, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep what is logged in the run's folder too."""
-        if stage == "fit" and self._history is None:
-            self._history = History(Path(trainer.default_root_dir))
-            trainer.loggers = [*trainer.loggers, self._history]
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the images and keep what the base makes of them, while the text encoder and the VAE are here."""
         self._step = trainer.global_step
-        if self._history is not None:
-            self._history.begin(trainer.global_step)
         if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
@@ -116,7 +106,7 @@ class Evaluate(L.Callback):
             # At B = 0 both are the same, exactly.
             anew = pl_module.lora.init_from is None
             found = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
-            self._send(trainer, found, 0)
+            log_numbers(trainer, found, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._by_range(trainer, pl_module)
@@ -124,7 +114,7 @@ class Evaluate(L.Callback):
         self._step = step
         # Without a validation there is nothing to wait for.
         if self._base and stepped and not _validates(trainer) and self._due(trainer) and step < trainer.max_steps:
-            self._send(trainer, self._compare(trainer, pl_module), step)
+            log_numbers(trainer, self._compare(trainer, pl_module), step)
             self._write(trainer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,7 +128,7 @@ class Evaluate(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._base and self._at != trainer.global_step:
-            self._send(trainer, self._compare(trainer, pl_module), trainer.global_step)
+            log_numbers(trainer, self._compare(trainer, pl_module), trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The figures and the page, when all else is done."""
@@ -202,8 +192,7 @@ class Evaluate(L.Callback):
             "or lower the rank or the learning rate"
         )
         log.warning("step %d: %s", self._at, text)
-        if self._history is not None:
-            self._history.note("warning", text, self._at)
+        log_warning(trainer, text, self._at)
 
     def _by_range(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not isinstance(module, DiffusionModule) or module.latest is None:
@@ -220,12 +209,8 @@ class Evaluate(L.Callback):
         assert isinstance(every, Tensor)
         found = zip(range_names(steps, self.levels), means(every), strict=True)
         # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
-        self._send(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
+        log_numbers(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
-
-    def _send(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step)
 
     def _write(self, trainer: L.Trainer) -> None:
         if self.report and trainer.is_global_zero and trainer.state.fn == "fit":

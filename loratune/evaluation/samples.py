@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from loratune.evaluation.figures import save_figure
@@ -18,6 +17,7 @@ from loratune.evaluation.paired import check_weights, evaluating, weighted
 from loratune.families.family import Family
 from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
+from loratune.runs.loggers import log_text
 from loratune.training.sharding import draws
 
 
@@ -91,9 +91,8 @@ class SampleGrid(L.Callback):
         else:
             sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and step == 0:
-                logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
+        if step == 0:
+            log_text(trainer, "samples/prompts", "\n\n".join(prompts))
 
     def _row(
         self, trainer: L.Trainer, module: L.LightningModule, family: Family, prompts: Sequence[str], weight: float

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from loratune.cli.main import main
 from loratune.evaluation.evaluate import Evaluate
 from loratune.runs.checkpoints import read_checkpoint
-from loratune.runs.log_history import curves, read
+from loratune.runs.history import curves, read
 
 ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog, a house]", "--evaluation.images", "3"]
 
