@@ -33,12 +33,12 @@ def merge(
         unmerge: subtract the LoRAs, and say how far rounding leaves the result from the original base.
         json: print what was done as JSON.
     """
-    from loratune.families.found import find_base
+    from loratune.families.base import Base
     from loratune.lora.merge.request import Request, parse
     from loratune.lora.merge.run import merge as run
 
     loras = [parse(text) for text in lora]
-    report = run(Request(base, find_base(base), loras, out, exact, allow_partial, in_place, unmerge))
+    report = run(Request(Base.open(base), loras, out, exact, allow_partial, in_place, unmerge))
     say(jsons.dumps(report, indent=2) if json else "\n".join(lines_of(report)))
 
 

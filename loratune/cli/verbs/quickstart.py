@@ -81,13 +81,13 @@ def _compare(base: str, data: Path, size: int, out: Path, weight: float) -> dict
     import torch
 
     from loratune.evaluation.measure import Sampling, draw_all, read_images, style_numbers
-    from loratune.families.found import find_base
+    from loratune.families.base import Base
     from loratune.lora.load import load_with
     from loratune.lora.merge.request import Given, Request
     from loratune.lora.merge.run import merge
 
     lora, merged = out / "lora.safetensors", out / "merged.safetensors"
-    merge(Request(base, find_base(base), [Given(lora, weight)], merged))
+    merge(Request(Base.open(base), [Given(lora, weight)], merged))
     styled, captions = read_images(f"{data}-heldout", size)
     reals, _ = read_images(str(data.parent / "noto-heldout"), size)
     sampling = Sampling(size, STEPS, GUIDANCE, SEED)
