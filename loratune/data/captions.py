@@ -64,8 +64,8 @@ class Captions:
             prefix: what they begin with, which stays.
             random: where the choice comes from.
         """
-        told = random.choice(self.possible(captions))
-        return prefix + self._tags(told.removeprefix(prefix), random) if self.changes_tags else told
+        caption = random.choice(self.possible(captions))
+        return prefix + self._tags(caption.removeprefix(prefix), random) if self.changes_tags else caption
 
     def _tags(self, text: str, random: Random) -> str:
         tags = [tag.strip() for tag in text.split(self.separator) if tag.strip()]

@@ -54,9 +54,9 @@ class SourceConfig:
         if not 0 <= self.loss_weight <= 100:
             raise ValueError(f"{where}: loss_weight is {self.loss_weight}; give 0 to 100")
         if self.role == "validation":
-            given = {"repeats": self.repeats, "weight": self.weight}
-            given["loss_weight"] = None if self.loss_weight == 1 else self.loss_weight
-            if names := [key for key, value in given.items() if value is not None]:
+            unused = {"repeats": self.repeats, "weight": self.weight}
+            unused["loss_weight"] = None if self.loss_weight == 1 else self.loss_weight
+            if names := [key for key, value in unused.items() if value is not None]:
                 raise ValueError(f"{where}: {names[0]} says nothing of role validation; leave it out")
 
 
@@ -88,17 +88,17 @@ def gathered(
 
 
 def _check(sources: Sequence[SourceConfig]) -> None:
-    trained = [one for one in sources if one.role != "validation"]
-    if not any(one.role == "training" for one in trained):
+    trained = [source for source in sources if source.role != "validation"]
+    if not any(source.role == "training" for source in trained):
         raise ValueError("data.sources: none has role training; give one to train on")
-    weighed = [one for one in trained if one.weight is not None]
-    repeated = [one for one in trained if one.repeats is not None]
+    weighed = [source for source in trained if source.weight is not None]
+    repeated = [source for source in trained if source.repeats is not None]
     if weighed and repeated:
-        told = f"{weighed[0].path} has weight {weighed[0].weight}, {repeated[0].path} repeats {repeated[0].repeats}"
-        raise ValueError(f"data.sources: {told}; use one of both for all")
-    if not any(one.weight != 0 for one in trained if one.role == "training"):
+        both = f"{weighed[0].path} has weight {weighed[0].weight}, {repeated[0].path} repeats {repeated[0].repeats}"
+        raise ValueError(f"data.sources: {both}; use one of both for all")
+    if not any(source.weight != 0 for source in trained if source.role == "training"):
         raise ValueError("data.sources: weight is 0 for every source with role training; raise one")
-    if not any(one.loss_weight for one in trained):
+    if not any(source.loss_weight for source in trained):
         raise ValueError("data.sources: loss_weight is 0 for every source, so that nothing is learned; raise one")
 
 

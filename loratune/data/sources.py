@@ -90,24 +90,24 @@ class TarSource(Source):
         self.column, self.root = caption_column, ""
         self.members: list[tuple[Path, str, tuple[int, int], tuple[int, int, str] | None]] = []
         for file in files:
-            found = len(self.members)
+            before = len(self.members)
             self.members += _tar_members(file)
-            if len(self.members) == found:
+            if len(self.members) == before:
                 raise UserError(f"{file}: no image in this tar file ({', '.join(sorted(PICTURES))})")
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, index: int) -> Sample:
-        file, name, (offset, size), told = self.members[index]
+        file, name, (offset, size), place = self.members[index]
         with file.open("rb") as stream:
             stream.seek(offset)
             data = stream.read(size)
-            captions = self._told(file, name, stream, told) if told else ()
+            captions = self._captions_at(file, name, stream, place) if place else ()
         return Sample(f"{file}, {name}", data, captions)
 
-    def _told(self, file: Path, name: str, stream: Any, told: tuple[int, int, str]) -> tuple[str, ...]:
-        offset, size, kind = told
+    def _captions_at(self, file: Path, name: str, stream: Any, place: tuple[int, int, str]) -> tuple[str, ...]:
+        offset, size, kind = place
         stream.seek(offset)
         try:
             text = stream.read(size).decode("utf-8-sig")
@@ -143,7 +143,7 @@ def _tar_members(file: Path) -> list[tuple[Path, str, tuple[int, int], tuple[int
 
 def _captions(value: Any) -> tuple[str, ...]:
     every = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(text.strip() for text in map(str, (one for one in every if one is not None)) if text.strip())
+    return tuple(text.strip() for text in map(str, (caption for caption in every if caption is not None)) if text.strip())
 
 
 def _columns_of(column: str | None) -> tuple[str, ...]:
