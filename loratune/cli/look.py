@@ -64,7 +64,9 @@ def lines_of(recipe: str, found: Audit) -> list[str]:
     for fault in found.findings:
         lines += ["", *_finding(fault)]
     told = (
-        "Nothing to mend." if not found.findings else "To mend: " + ", ".join(one.message for one in found.findings) + "."
+        "Nothing to mend."
+        if not found.findings
+        else "To mend: " + ", ".join(one.message for one in found.findings) + "."
     )
     return [*lines, "", told]
 

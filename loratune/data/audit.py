@@ -282,8 +282,19 @@ def _doubles(readable: Sequence[tuple[Seen, Entry]], out: Sequence[bool]) -> lis
 
     keep = "remove them, or set data.split_by: image"
     return [
-        Finding("leak", "images in both training and validation (train/validation leakage)", keep, names(sorted(same), True), True),
-        Finding("near_leak", "validation images nearly identical to training images", "remove one of each", names(alike, True)),
+        Finding(
+            "leak",
+            "images in both training and validation (train/validation leakage)",
+            keep,
+            names(sorted(same), True),
+            True,
+        ),
+        Finding(
+            "near_leak",
+            "validation images nearly identical to training images",
+            "remove one of each",
+            names(alike, True),
+        ),
         Finding("duplicate", "duplicate images", "remove one of each", names(sorted(same), False)),
         Finding("near_duplicate", "near-duplicate images", "keep the better one", names(alike, False)),
     ]

@@ -49,7 +49,9 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_safetensors(path, contiguous, {"sha256": tensors_hash(contiguous)}, durable=False)  # checked when read
+            write_safetensors(
+                path, contiguous, {"sha256": tensors_hash(contiguous)}, durable=False
+            )  # checked when read
         except OSError as error:
             raise UserError(f"data.cache_dir: cannot write to {self.folder}: {error.strerror or error}") from error
 

@@ -159,7 +159,9 @@ class CaptionedImages(L.LightningDataModule):
             except OSError:
                 continue  # told of when it is read
         if len(bare) == len(source):
-            raise UserError(f"{config.masks}: has a mask for none of the images of {config.path}; give them their names")
+            raise UserError(
+                f"{config.masks}: has a mask for none of the images of {config.path}; give them their names"
+            )
         if bare and warn:
             log.warning("%s: %d images have no mask and count whole: %s", config.masks, len(bare), _listed(bare))
 

@@ -61,10 +61,14 @@ def often(sources: Sequence[SourceConfig], counts: Sequence[int]) -> list[float]
             [weight if count else 0.0 for weight, count in zip(weights, counts, strict=True)], counts
         )
     others = sum(
-        count * (source.repeats or 1) for source, count in zip(sources, counts, strict=True) if source.role == "training"
+        count * (source.repeats or 1)
+        for source, count in zip(sources, counts, strict=True)
+        if source.role == "training"
     )
     return [
-        others / max(1, count) if source.role == "regularization" and source.repeats is None else float(source.repeats or 1)
+        others / max(1, count)
+        if source.role == "regularization" and source.repeats is None
+        else float(source.repeats or 1)
         for source, count in zip(sources, counts, strict=True)
     ]
 
@@ -122,7 +126,9 @@ def in_order(sizes: Sequence[Size], batch_size: int) -> list[list[Draw]]:
     by_size: dict[Size, list[Draw]] = {}
     for index, size in enumerate(sizes):
         by_size.setdefault(size, []).append(Draw(index))
-    return [draws[start : start + batch_size] for draws in by_size.values() for start in range(0, len(draws), batch_size)]
+    return [
+        draws[start : start + batch_size] for draws in by_size.values() for start in range(0, len(draws), batch_size)
+    ]
 
 
 def batches_consumed(step: int, batches: int, accumulate: int) -> int:

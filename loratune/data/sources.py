@@ -143,7 +143,9 @@ def _tar_members(file: Path) -> list[tuple[Path, str, tuple[int, int], tuple[int
 
 def _captions(value: Any) -> tuple[str, ...]:
     every = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(text.strip() for text in map(str, (caption for caption in every if caption is not None)) if text.strip())
+    return tuple(
+        text.strip() for text in map(str, (caption for caption in every if caption is not None)) if text.strip()
+    )
 
 
 def _columns_of(column: str | None) -> tuple[str, ...]:

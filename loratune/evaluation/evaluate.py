@@ -105,8 +105,8 @@ class Evaluate(L.Callback):
         if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-            told = type(trainer.strategy).__name__
-            log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
+            strategy = type(trainer.strategy).__name__
+            log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", strategy)
             return
         self._steps = len(pl_module.family.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
@@ -115,8 +115,8 @@ class Evaluate(L.Callback):
         if trainer.global_step == 0 and self._sets:
             # At B = 0 both are the same, exactly.
             anew = pl_module.lora.init_from is None
-            found = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
-            self._send(trainer, found, 0)
+            metrics = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
+            self._send(trainer, metrics, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._by_range(trainer, pl_module)
@@ -152,13 +152,13 @@ class Evaluate(L.Callback):
         return trainer.global_step - self._at >= self.every_n_steps
 
     def _choose(self, data: Any, module: LoRAModule) -> dict[str, list[Chunk]]:
-        made: dict[str, list[Chunk]] = {}
+        sets: dict[str, list[Chunk]] = {}
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
             if len(rows) and self.images:
-                made[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
+                sets[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
         if self.prompts:
-            made[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
-        return made
+            sets[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
+        return sets
 
     def _outputs(self, module: LoRAModule) -> dict[str, Outputs]:
         return {
@@ -168,18 +168,18 @@ class Evaluate(L.Callback):
 
     def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         with evaluating(trainer, module):
-            made = self._outputs(module)
+            adapted = self._outputs(module)
             norms = norms_by_block(module.layers())
         self._at = trainer.global_step
-        self._watch(trainer, {name: one.losses for name, one in made.items() if name != PROMPTS})
-        return self._found(self._at, made).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
+        self._watch(trainer, {name: outputs.losses for name, outputs in adapted.items() if name != PROMPTS})
+        return self._found(self._at, adapted).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
 
-    def _found(self, step: int, made: Mapping[str, Outputs]) -> Evaluation:
-        gaps = {name: gap(made[name].losses, self._base[name].losses) for name in made}
-        moved = drift(made[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in made else float("nan")
+    def _found(self, step: int, adapted: Mapping[str, Outputs]) -> Evaluation:
+        gaps = {name: gap(adapted[name].losses, self._base[name].losses) for name in adapted}
+        moved = drift(adapted[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in adapted else float("nan")
         parts: dict[int, float] = {}
-        if HELD_OUT in made:
-            apart = (made[HELD_OUT].losses - self._base[HELD_OUT].losses).mean(0).tolist()
+        if HELD_OUT in adapted:
+            apart = (adapted[HELD_OUT].losses - self._base[HELD_OUT].losses).mean(0).tolist()
             parts = dict(zip(middles(self._steps, self.levels), apart, strict=True))
         return Evaluation(step, gaps, moved, parts)
 
@@ -218,9 +218,9 @@ class Evaluate(L.Callback):
             return
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
-        found = zip(range_names(steps, self.levels), means(every), strict=True)
+        ranges = zip(range_names(steps, self.levels), means(every), strict=True)
         # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
-        self._send(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
+        self._send(trainer, {f"train/loss_{name}": mean for name, mean in ranges if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
 
     def _send(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
@@ -243,7 +243,7 @@ class Evaluate(L.Callback):
 def _own(data: Any) -> Subset[Any]:
     """The training images that are no regularization."""
     entries, sources = data.training.entries, data.sources
-    return Subset(data.training, [i for i, one in enumerate(entries) if sources[one.source].role == "training"])
+    return Subset(data.training, [i for i, entry in enumerate(entries) if sources[entry.source].role == "training"])
 
 
 def _validates(trainer: L.Trainer) -> bool:

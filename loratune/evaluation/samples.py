@@ -85,7 +85,7 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
-        images = [[to_image(one) for one in row] for row in rows]
+        images = [[to_image(pixels) for pixels in row] for row in rows]
         if len(rows) == 1:
             sheet = captioned(images[0], prompts, cell=cell)
         else:
