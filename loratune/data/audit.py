@@ -16,15 +16,15 @@ from loratune.data.buckets import Size
 from loratune.data.collection import Collection
 from loratune.data.duplicates import Fingerprint, fingerprint, near
 from loratune.data.entries import Entry
+from loratune.data.folder import NO_IMAGE, UNREAD_KIND
 from loratune.data.order import BatchOrder, groups, often
-from loratune.data.sources import METADATA, PICTURES, Sample
+from loratune.data.samples import Sample
 from loratune.errors import UserError
 from loratune.formats.images import open_image
 
 TOO_SMALL = 2.0
 """Images that are enlarged more than so many times are called too small."""
 TAGS = 20
-UNREAD = {".avif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".raw", ".svg", ".tga"}
 ENDINGS = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "TIFF": {".tif", ".tiff"}, "MPO": {".jpg", ".jpeg"}}
 
 
@@ -161,15 +161,6 @@ def wrong_ending(sample: Sample) -> str:
     return "" if ending in ENDINGS.get(kind, {f".{kind.lower()}"}) else kind
 
 
-def strays(root: Path) -> tuple[list[str], list[str]]:
-    """Caption files without an image, and images of kinds that are not read, in a folder."""
-    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURES}
-    named = any((root / name).is_file() for name in METADATA)
-    texts = [] if named else [file for file in files if file.suffix == ".txt" and file.with_suffix("") not in images]
-    return [str(file) for file in texts], [str(file) for file in files if file.suffix.lower() in UNREAD]
-
-
 def enlarged(entry: Entry) -> float:
     """How many times an image is enlarged to cover its bucket."""
     return max(entry.bucket[0] / entry.size[0], entry.bucket[1] / entry.size[1])
@@ -238,20 +229,19 @@ def _faults(collection: Collection, seen: Sequence[Seen]) -> list[Finding]:
         for image in seen
         if image.entry is not None and collection.masks[image.entry.source] is not None and not image.masked
     )
-    roots = dict.fromkeys(source.root for source in collection.sources if source.root)
-    texts: list[str] = []
-    kinds: list[str] = []
-    for root in roots:
-        for all_of_them, stray in zip((texts, kinds), strays(Path(root)), strict=True):
-            all_of_them += stray
+    skipped = {name: reason for source in collection.sources for name, reason in source.skipped.items()}
+    texts = tuple(name for name, reason in skipped.items() if reason == NO_IMAGE)
+    kinds = tuple(name for name, reason in skipped.items() if reason == UNREAD_KIND)
+    others = tuple(f"{name} ({reason})" for name, reason in skipped.items() if reason not in (NO_IMAGE, UNREAD_KIND))
     return [
         Finding("unreadable", "unreadable images", "mend or remove them", broken, True),
         Finding("no_caption", "images without a caption", "write it into a .txt file beside each", bare, True),
         Finding("mask_wrong", "masks that do not fit", "make each as large as its image", wrong, True),
         Finding("no_mask", "images without a mask, whose whole loss counts", "draw one, if that is not meant", without),
         Finding("ending", "file extensions that do not match the content", "rename them", endings),
-        Finding("no_image", "caption files without an image", "rename or remove them", tuple(texts)),
-        Finding("unread_kind", "images in formats that are not read", "save them as PNG", tuple(kinds)),
+        Finding("no_image", "caption files without an image", "rename or remove them", texts),
+        Finding("unread_kind", "images in formats that are not read", "save them as PNG", kinds),
+        Finding("left_out", "files that are not used", "mend them, or move them elsewhere", others),
     ]
 
 
@@ -324,8 +314,8 @@ def _lost(names: Sequence[str], order: BatchOrder, each: Sequence[float]) -> tup
     fewest = min((times for times in each if times > 0), default=1.0)
     drawn: set[int] = set()
     for epoch in range(min(1000, 1 + round(1 / fewest)) if fewest < 1 else 1):
-        now = BatchOrder(order.groups, order.sizes, order.batch_size, order.seed, lambda _, e=epoch: (e, 0))  # type: ignore[misc]
-        drawn |= {draw.sample for batch in now for draw in batch}
+        order.epoch = epoch
+        drawn |= {draw.sample for batch in order for draw in batch}
         if len(drawn) == len(names):
             break
     return tuple(name for number, name in enumerate(names) if number not in drawn)

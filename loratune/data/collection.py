@@ -15,8 +15,8 @@ from loratune.data.buckets import Buckets, Size
 from loratune.data.captions import Captions
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import Masks, digest_of
+from loratune.data.samples import Sample, Source
 from loratune.data.settings import SourceConfig
-from loratune.data.sources import Sample, Source
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from loratune.data.augment import cut, upright_size
 from loratune.data.buckets import Size
 from loratune.data.entries import View
-from loratune.data.sources import PICTURES, Sample
+from loratune.data.samples import IMAGE_SUFFIXES, Sample
 from loratune.errors import UserError
 from loratune.formats.images import open_image
 
@@ -43,7 +43,7 @@ class Masks:
         if not sample.root:
             raise UserError(f"{self.path}: its images have no file names, so masks cannot be found; use a folder")
         own = self.folder / Path(sample.name).relative_to(sample.root)
-        return next((file for kind in sorted(PICTURES) if (file := own.with_suffix(kind)).is_file()), None)
+        return next((file for kind in sorted(IMAGE_SUFFIXES) if (file := own.with_suffix(kind)).is_file()), None)
 
     def read(self, sample: Sample, size: Size) -> bytes | None:
         """The bytes of an image's mask, or None where it has none.

@@ -23,7 +23,7 @@ from loratune.data.collection import Collection
 from loratune.data.encode import Encoder, Looks, pixels_of
 from loratune.data.entries import MIDDLE, Draw, Entry
 from loratune.data.masks import mask_tensor
-from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
+from loratune.data.order import BatchOrder, TrainingLoader, groups, in_order, often
 from loratune.data.settings import SourceConfig, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
@@ -133,10 +133,18 @@ class CaptionedImages(L.LightningDataModule):
             UserError: a source is empty, an image has no caption, or a mask has another size than its image.
         """
         collection = self.collection
+        if warn:
+            self._tell_skipped(collection)
         self._check_captions(collection, warn)
         for number, masks in enumerate(collection.masks):
             if masks is not None:
                 self._check_masks(number, collection, warn)
+
+    def _tell_skipped(self, collection: Collection) -> None:
+        for config, source in zip(self.sources, collection.sources, strict=True):
+            if source.skipped:
+                names = _listed([f"{name} ({reason})" for name, reason in source.skipped.items()])
+                log.warning("%s: %d files are not used: %s", config.path, len(source.skipped), names)
 
     def _check_captions(self, collection: Collection, warn: bool) -> None:
         missing = [name for source in collection.sources for name in source.without_caption()]
@@ -261,43 +269,31 @@ class CaptionedImages(L.LightningDataModule):
             [entry.bucket for entry in entries],
             self.batch_size * processes,
             int(os.environ.get("PL_GLOBAL_SEED", "0")),
-            self._place,
+            bool(getattr(self.trainer, "overfit_batches", 0)),
         )
         if processes == 1:
-            return self._loader(self.training, order)
+            return TrainingLoader(order, **self._loading(self.training, order))
         assert self.trainer is not None
-        return self._loader(Rows(self.training), Shares(order, self.trainer.global_rank, processes))
-
-    def _place(self, batches: int) -> tuple[int, int]:
-        """The epoch that the run is in, and how many of its batches are done."""
-        if self.trainer is None:
-            return 0, 0
-        consumed = batches_consumed(self.trainer.global_step, batches, self.trainer.accumulate_grad_batches)
-        epoch, done = divmod(consumed, batches)
-        loop: Any = getattr(self.trainer, "fit_loop", None)
-        if loop is None:
-            return epoch, done
-        # Where a run goes on with other batches, which it was allowed to, Lightning counts on from where it was.
-        ready = min(loop.epoch_loop.batch_progress.current.ready, batches)
-        return epoch + (done > ready), ready
+        shares = Shares(order, self.trainer.global_rank, processes)
+        return TrainingLoader(order, **self._loading(Rows(self.training), shares))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         assert self.held_out is not None
         batches = in_order([entry.bucket for entry in self.held_out.entries], self.batch_size)
-        return self._loader(self.held_out, batches) if batches else []
+        return DataLoader(**self._loading(self.held_out, batches)) if batches else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.val_dataloader()
 
-    def _loader(self, rows: Dataset[Any], batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+    def _loading(self, rows: Dataset[Any], batches: Any) -> dict[str, Any]:
+        return {
+            "dataset": rows,
+            "batch_sampler": batches,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }
 
 
 def _listed(names: Sequence[str]) -> str:

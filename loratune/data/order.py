@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from loratune.data.buckets import Size, batch_count, batches
 from loratune.data.entries import Draw, Entry
@@ -76,7 +77,8 @@ def often(sources: Sequence[SourceConfig], counts: Sequence[int]) -> list[float]
 class BatchOrder(Sampler[list[Draw]]):
     """Every image in each epoch, in batches of one size, in an order that follows from seed and epoch alone.
 
-    Where the run stands is asked for, not counted: after a resume the order goes on where it was.
+    `epoch` and `done`, how many of its batches were trained on, are where the run stands: part of its checkpoints,
+    and reckoned from no count of steps, so that they hold whatever part of an epoch is trained on.
 
     Args:
         groups: as `groups` makes them.
@@ -84,30 +86,46 @@ class BatchOrder(Sampler[list[Draw]]):
         batch_size: images in a batch, of all processes together; where a size's images do not fill a last
             batch, that batch is smaller.
         seed: of the run.
-        place: the epoch, and how many of its batches are done, by how many an epoch has.
+        fixed: every epoch is like the first.
     """
 
     def __init__(
-        self,
-        groups: Sequence[Group],
-        sizes: Sequence[Size],
-        batch_size: int,
-        seed: int,
-        place: Callable[[int], tuple[int, int]] = lambda _: (0, 0),
+        self, groups: Sequence[Group], sizes: Sequence[Size], batch_size: int, seed: int, fixed: bool = False
     ) -> None:
         self.groups, self.sizes, self.batch_size = groups, sizes, batch_size
-        self.seed, self.place = seed, place
+        self.seed, self.fixed = seed, fixed
+        self.epoch = self.done = self._trainers_epoch = 0
         self._length = batch_count((sizes[group[0]] for group, count in groups for _ in range(count)), batch_size)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, done = self.place(len(self))
-        draws = [draw for group in self.groups for draw in self._draws(*group, epoch)]
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        """What is left of the epoch."""
+        draws = [draw for group in self.groups for draw in self._draws(*group, self.epoch)]
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = batches([self.sizes[draw.sample] for draw in draws], self.batch_size, random)
-        return ([draws[at] for at in batch] for batch in order[done:])
+        return ([draws[at] for at in batch] for batch in order[self.done :])
+
+    @property
+    def sampler(self) -> BatchOrder:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning begins an epoch or goes on with it; epochs of which no batch was trained on are not counted."""
+        if epoch != self._trainers_epoch and self.done:
+            self.epoch, self.done = self.epoch + (not self.fixed), 0
+        self._trainers_epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands."""
+        return {"epoch": self.epoch, "done": self.done, "trainers_epoch": self._trainers_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.epoch, self.done = state_dict["epoch"], state_dict["done"]
+        self._trainers_epoch = state_dict["trainers_epoch"]
 
     def _draws(self, indices: Sequence[int], count: int, epoch: int) -> Iterator[Draw]:
         whole, rest = divmod(count, len(indices))
@@ -131,14 +149,28 @@ def in_order(sizes: Sequence[Size], batch_size: int) -> list[list[Draw]]:
     ]
 
 
-def batches_consumed(step: int, batches: int, accumulate: int) -> int:
-    """Batches a run has trained on after `step` optimizer steps.
+class TrainingLoader(DataLoader[Any]):
+    """Loads batches in an order, and counts in it those that were trained on; Lightning saves and restores its state.
 
     Args:
-        step: optimizer steps taken.
-        batches: in an epoch.
-        accumulate: batches to a step; the last step of an epoch may have fewer.
+        order: whose place moves.
+        more: of torch's loader.
     """
-    steps = -(-batches // accumulate)
-    epoch, within = divmod(step, steps)
-    return epoch * batches + within * accumulate
+
+    def __init__(self, order: BatchOrder, **more: Any) -> None:
+        self.order = order
+        super().__init__(**more)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Begins where the order stands when the first batch is asked for; before that Lightning may restore it."""
+        for batch in super().__iter__():
+            self.order.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Of the order."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Of the order."""
+        self.order.load_state_dict(state_dict)

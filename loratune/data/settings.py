@@ -16,8 +16,8 @@ class SourceConfig:
     """A source of captioned images.
 
     Args:
-        path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
-            that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
+        path: a folder with .txt or .caption files, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a
+            folder that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
         role: training; validation, of which all images are held out; or regularization: images of the class of
             what is learned, which keep the base from forgetting it (prior preservation, Ruiz 2023). None of them is
             held out.

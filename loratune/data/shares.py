@@ -50,6 +50,11 @@ class Shares(Sampler[list[Row]]):
         assert isinstance(self.batches, Sized)
         return len(self.batches)
 
+    @property
+    def sampler(self) -> Any:
+        """Where Lightning looks for `set_epoch`."""
+        return self.batches
+
     def __iter__(self) -> Iterator[list[Row]]:
         return (share(batch, self.rank, self.processes) for batch in self.batches)
 

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
@@ -21,8 +19,9 @@ from loratune.evaluation.strips import evenly, forward_states, heat, strip
 from loratune.families.family import Family
 from loratune.families.sampling import sample_latents
 from loratune.families.sd import StableDiffusion
-from loratune.formats.atomic import atomic_path
+from loratune.formats.atomic import atomic_path, tolerated
 from loratune.formats.images import to_image
+from loratune.runs.loggers import log_image
 from loratune.training.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -35,15 +34,9 @@ LOOKED_AT = 64
 def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> None:
     """An image into the run's folder, as figures/NAME.png, and into TensorBoard; where the disk is full, said."""
     path = Path(trainer.default_root_dir) / FOLDER / f"{name}.png"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            image.save(temporary, "PNG")
-    except OSError as error:
-        log.warning("%s: not written (%s); training goes on", path, error)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
+    with tolerated(path), atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
+    log_image(trainer, image, tag)
 
 
 def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from loratune.evaluation.curves import Series, bars, chart, number, smooth
 from loratune.evaluation.figures import FOLDER
 from loratune.evaluation.page import Card, Page, Shown, render
 from loratune.evaluation.strips import FIGURES
-from loratune.formats.atomic import atomic_path
+from loratune.formats.atomic import atomic_path, tolerated
 from loratune.runs.folder import RECIPE
-from loratune.runs.log_history import FILE, Curves, curves, notes, read
+from loratune.runs.history import FILE, Curves, curves, notes, read
 
-log = logging.getLogger(__name__)
 REPORT = "report.html"
 SETS = {"held_out": "held-out images", "training": "training images", "neutral": "neutral prompts"}
 MOST_GRIDS = 4
@@ -29,12 +27,8 @@ NOISY = 12  # points, from which on a line is smoothed
 def write_page(trainer: L.Trainer) -> None:
     """Write report.html into the run's folder, whole or not at all; where it cannot be written the run goes on."""
     folder = Path(trainer.default_root_dir)
-    try:
-        text = render(page_of(folder, trainer.global_step, trainer.max_steps, _told(trainer)))
-        with atomic_path(folder / REPORT) as path:
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        log.warning("%s: not written (%s); training goes on", folder / REPORT, error)
+    with tolerated(folder / REPORT), atomic_path(folder / REPORT) as path:
+        path.write_text(render(page_of(folder, trainer.global_step, trainer.max_steps, _told(trainer))), "utf-8")
 
 
 def _told(trainer: L.Trainer) -> list[tuple[str, str]]:

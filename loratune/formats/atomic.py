@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import secrets
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loratune.errors import UserError
+from loratune.errors import UnwritableError, UserError
+
+log = logging.getLogger(__name__)
 
 RENAME_EXCHANGE = 2  # renameat2(2), Linux
 AT_FDCWD = -100
@@ -113,8 +116,18 @@ def _removed_on_failure(path: Path, temporary: Path) -> Iterator[None]:
     except BaseException as error:
         _delete(temporary)
         if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error}); make room, or give another place") from error
+            raise UnwritableError(f"{path}: cannot be written ({error}); make room, or give another place") from error
         raise
+
+
+@contextmanager
+def tolerated(path: Path | str) -> Iterator[None]:
+    """Within it a file that cannot be written is said, and training goes on without it."""
+    try:
+        yield
+    except (OSError, UnwritableError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        log.warning("%s: not written (%s); training goes on", path, reason)
 
 
 def _delete(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -14,11 +16,13 @@ from torch import Tensor
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.family import Condition, Family
-from loratune.families.load import load_family
+from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.sd import StableDiffusion
+from loratune.training.export import Target
 from loratune.training.memory import Memory, unload_encoders
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
-from loratune.training.schedules import EvaluationWeights, LRSchedule, optimizer_and_schedule
+from loratune.training.schedules import EvaluationWeights, LRSchedule, of_step, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -172,7 +176,7 @@ class DiffusionModule(L.LightningModule):
         if share.count != share.total:
             loss = loss * share.weight(self.trainer.world_size)
         self.log("train/loss", loss, prog_bar=True, batch_size=share.count, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._held_out(batch, batch_idx, "val")
@@ -192,6 +196,15 @@ class DiffusionModule(L.LightningModule):
             t = torch.full((count,), steps * (2 * part + 1) // (2 * VALIDATION_STEPS), device=self.device)
             losses.append(self.losses(batch, t, random, plain).mean())
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the whole base as diffusers' folder base-STEP/; of a family that diffusers does not know, nothing."""
+        if not isinstance(self.family, StableDiffusion):
+            return []
+        names = (f"base-{self.global_step}{f'-{count}' * bool(count)}" for count in itertools.count())
+        folder = next(path for name in names if not (path := target.folder / name).exists())
+        save_diffusers_folder(self.family, folder, target.dtype)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.lr_schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from loratune.families.pipelines import layer_names
 from loratune.families.prompts import Prompts
 from loratune.families.save import configs_of
 from loratune.families.sd import TOKENIZER, StableDiffusion
-from loratune.lora.file import read_lora
+from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
 from loratune.lora.layers import LowRank
-from loratune.lora.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
+from loratune.lora.tokens import Embedding, NewToken, add_tokens, check_new, initial_rows, rows_of, write_embedding
+from loratune.lora.verify import verify
 from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.export import Target
 from loratune.training.memory import Memory
 from loratune.training.objectives import Objective
+from loratune.training.provenance import origin, standard
 from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 from loratune.training.sharding import shard
 
@@ -39,6 +43,8 @@ class LoRAModule(DiffusionModule):
         prompts: how captions become what the text encoders read.
         memory: how the frozen base is held, and what is traded between memory and time.
     """
+
+    saves_between_steps = True
 
     def __init__(
         self,
@@ -121,6 +127,27 @@ class LoRAModule(DiffusionModule):
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
         return collect(self.family.components(), self._start)
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the adapter, which is read back and compared, and the new token's rows.
+
+        Raises:
+            UserError: what was written is not what was trained.
+        """
+        layers, rows = self.layers(), self.rows()  # where weights are cut, every process takes part
+        if not self.trainer.is_global_zero:
+            return []
+        facts = origin(self.base_name, self.global_step, self.lora, target.recipe, self.objective)
+        written = []
+        if layers:
+            written.append(target.path("lora"))
+            metadata = standard(self.trainer, self.family, self.lora.type, layers) | facts
+            write_lora(written[-1], LoRAFile(layers, metadata), target.format, target.dtype)
+            verify(written[-1], layers, target.format, target.dtype)
+        if self.tokens is not None:
+            written.append(target.path("learned_embeds"))
+            write_embedding(written[-1], Embedding(self.tokens.token, rows), target.dtype, facts)
+        return written
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.family.components(), self.lora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from loratune.errors import UserError
 
 FUSED_ON = ("cuda",)
 """Devices where an optimizer's step is fused unless the recipe says otherwise; on a CPU it would change last bits."""
@@ -56,7 +59,7 @@ class LRSchedule:
         elif value < least or not value:
             raise ValueError(f"schedule.{key} is {value}; give {least or 'a number above 0'}{' or more' * bool(least)}")
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: int, total: float) -> float:
         """The fraction of the full rate at a step of 0..total, in [0, 1]."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -88,9 +91,52 @@ def optimizer_and_schedule(
     for group in made.param_groups:
         group["lr"] = group["lr"] * group.get("factor", 1.0)
     fuse(made)
-    total = int(module.trainer.estimated_stepping_batches)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule.factor(step, total))
+    trainer = module.trainer
+    if schedule.name != "constant" and trainer.max_steps == trainer.max_epochs == -1:
+        raise UserError(f"the learning rate is {schedule.name}, and the run has no length; set trainer.max_steps")
+    scheduler = BySteps(made, schedule, lambda: trainer.estimated_stepping_batches)
     return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
+
+
+class BySteps(torch.optim.lr_scheduler.LambdaLR):
+    """An optimizer's rates by the steps that were made; a run that goes on has those of its own recipe and length.
+
+    Args:
+        optimizer: whose rates are moved from what they are now.
+        schedule: by which.
+        total: steps of the run; asked for after the first step or a checkpoint, as Lightning opens the images for it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: LRSchedule, total: Callable[[], float]) -> None:
+        super().__init__(optimizer, lambda step: schedule.factor(step, total() if step else 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that were made."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the rates of a step, whatever they were in the run that is gone on from."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        for group, rate, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def of_step(trainer: L.Trainer, loss: Tensor, batch_idx: int) -> Tensor:
+    """A batch's loss, so that a step has the mean gradient of its batches where an epoch's last step has fewer of them.
+
+    Lightning divides by accumulate_grad_batches, however many there are.
+
+    Args:
+        trainer: of the run.
+        loss: of the batch.
+        batch_idx: its number in the epoch.
+    """
+    whole = trainer.accumulate_grad_batches
+    first = batch_idx // whole * whole
+    count = min(first + whole, trainer.num_training_batches) - first
+    return loss if count == whole else loss * (whole / count)
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -20,9 +20,9 @@ from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoRALayer
 from loratune.lora.load import load_with
 from loratune.training.diffusion_module import DiffusionModule
-from loratune.training.export import _drawing
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective, Timesteps, mask_of
+from loratune.training.provenance import sampling_facts
 from loratune.training.randomness import generator
 
 
@@ -208,7 +208,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
     base = load_family(str(tiny_sdxl))
     assert base.prediction == "eps"
     module = LoRAModule(base, objective=Objective(prediction="v", zero_terminal_snr=True))
-    told = _drawing(module)
+    told = sampling_facts(module.objective)
     assert told == {PREDICTION_KEY: "v", ZERO_SNR_KEY: "true", "ss_zero_terminal_snr": "True"}
     name = next(iter(module.layers()))
     layer = module.layers()[name]
@@ -219,7 +219,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
     assert torch.equal(drawn.noise_schedule.a, module.family.noise_schedule.a)
     assert drawn.scheduler_config == module.family.scheduler_config
     module.objective = Objective()
-    assert _drawing(module) == {}
+    assert sampling_facts(module.objective) == {}
 
 
 # What a step does with it.
