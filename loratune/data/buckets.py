@@ -17,14 +17,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that images may be brought to.
+    """Aspect-ratio buckets.
 
     Args:
-        step: what every side is a multiple of, in pixels; a multiple of what the VAE needs.
-        smallest: of a side, in pixels.
-        largest: of a side, in pixels.
-        upscale: whether images smaller than their bucket are enlarged; if not, they get a bucket of their own
-            size, rounded down to the step.
+        step: every side is a multiple of it, in pixels; a multiple of the VAE's factor.
+        smallest: the shortest side, in pixels.
+        largest: the longest side, in pixels.
+        upscale: whether images smaller than their bucket are upscaled; if not, they get a bucket of their own size,
+            rounded down to the step.
     """
 
     step: int = 64

@@ -35,31 +35,32 @@ NAMED = 10
 
 
 class CaptionedImages(L.LightningDataModule):
-    """Captioned images as training batches; what a frozen VAE and text encoder make is cached on disk.
+    """Captioned images as training batches; latents and text embeddings of a frozen VAE and text encoder are cached on
+    disk.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        resolution: side of the square that images are brought to, in pixels; with buckets the side of a square of their
-            area.
-        batch_size: images in a batch.
+        resolution: side in pixels of the square that images are resized and cropped to; with buckets, the side of a
+            square of their area.
+        batch_size: images in a batch, of each process.
         caption_prefix: put before every caption (a trigger word).
         validation_percent: share of the images held out for the validation loss, 0 to 50.
         split_by: what the split hashes: the image's bytes, or its caption.
         image_column: the column of images, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
-        allow_missing_captions: train on images without a caption, as images of nothing in particular.
-        strict: look at every image before the run and stop where something cannot be meant: unreadable ones,
-            captions that are missing or cut, images that are both trained on and held out, masks that do not fit.
-        cache_dir: folder of encoded images and captions, shared between runs.
+        allow_missing_captions: train images without a caption on the caption prefix alone.
+        strict: check every image before the run and stop at unreadable images, missing or truncated captions,
+            train/validation leakage and masks that do not fit.
+        cache_dir: folder of the cached latents and text embeddings, shared between runs.
         num_workers: processes that decode images and load batches.
-        sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
-        buckets: sizes beside the square, so that images keep about their shape; a batch is of one size. Without it
+        sources: several sources in place of path, each with its own caption_prefix, repeats or weight, role and masks.
+        buckets: aspect-ratio buckets: images keep about their shape, and a batch has images of one size. Without them
             the middle square of each image is taken.
-        captions: what is told of an image in each step.
-        augment: how training images vary.
-        cache_latents: encode each image once and keep its latents in cache_dir; false encodes it in each step: slower,
-            and what colour changes need.
+        captions: how an image's caption is chosen and changed in each step.
+        augment: random changes of training images.
+        cache_latents: encode each image once and keep its latents in cache_dir; false encodes it in each step, which is
+            slower and which colour augmentation needs.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
         recipes: the files that were parsed, the last one first to be searched.
         known: dotted names of all keys.
     """
-    if found := re.search(r"- (\S+:\d+: '.+?) - Expected a", " ".join(message.split())):
+    if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
         return found[1]  # told already by a parser within
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], recipes, known)
