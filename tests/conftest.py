@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # the models are tiny, and threads would only wait for
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights: 16-pixel images, 8x8 latents, two resolutions."""
-    from loratune.families.load import save_diffusers_folder
+    from loratune.families.save import save_diffusers_folder
     from loratune.families.sd import NewStableDiffusion
 
     folder = tmp_path_factory.mktemp("base")
@@ -96,7 +96,9 @@ def tiny_weights() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with an SDXL of random weights: two text encoders of widths 8 and 12."""
-    from loratune.families.load import build, pipeline_of, save_diffusers_folder, tokenizers_of
+    from loratune.families.load import build, tokenizers_of
+    from loratune.families.pipelines import pipeline_of
+    from loratune.families.save import save_diffusers_folder
 
     configs = shrunk("sdxl")
     configs["unet"] |= {"block_out_channels": [8, 16, 24], "layers_per_block": 1}

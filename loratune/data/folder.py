@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from loratune.data.samples import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Source, caption_columns, captions_of
+from loratune.data.samples import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    UNREAD_SUFFIXES,
+    Source,
+    caption_columns,
+    captions_of,
+)
 from loratune.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -118,6 +125,8 @@ def _texts_beside(
 
 
 def _read_text(file: Path) -> tuple[str, ...]:
+    if (size := file.stat().st_size) > MAX_CAPTION_BYTES:
+        raise UserError(f"{file}: has {size} bytes; a caption may have at most {MAX_CAPTION_BYTES}")
     try:
         return captions_of(file.read_text(encoding="utf-8-sig"), str(file))
     except UnicodeDecodeError as error:

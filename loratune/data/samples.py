@@ -15,6 +15,7 @@ from loratune.errors import UserError
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".raw", ".svg", ".tga"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
 """A larger file is not read: a sparse file can claim to be hundreds of gigabytes."""
 

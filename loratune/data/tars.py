@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.data.samples import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Sample, Source, caption_columns, captions_of
+from loratune.data.samples import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    Sample,
+    Source,
+    caption_columns,
+    captions_of,
+)
 from loratune.errors import UserError
-
-MAX_CAPTION_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

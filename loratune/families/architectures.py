@@ -25,6 +25,7 @@ __all__ = [
     "PREFIXES",
     "Place",
     "architectures",
+    "canonical_key",
     "canonical_text_name",
     "describe_unsupported",
     "detect",
@@ -56,6 +57,8 @@ LAYOUTS: dict[str, dict[str, tuple[str, Layers]]] = {
 }
 PREFIXES = {kind: {part: prefix for part, (prefix, _) in parts.items()} for kind, parts in LAYOUTS.items()}
 POSITION_IDS = "embeddings.position_ids"
+# What diffusers called the parts of the VAE's attention until 2023; SD 1.x folders on the hub have them still.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # What real files hold besides the weights, by the beginning of the key: schedules, averages, buffers, marks.
 IGNORED = (
     "alphas_cumprod",
@@ -90,10 +93,12 @@ _VERSIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl
 
 
 def layout_kind(configs: Mapping[str, Config]) -> str:
-    """The kind of single-file layout that goes with configurations: sd1, sd2 or sdxl."""
-    if "text_encoder_2" in configs:
+    """The kind of single-file layout that goes with configurations: sd1, sd2 or sdxl; by the U-Net's without others."""
+    unet, text = configs["unet"], configs.get("text_encoder")
+    if "text_encoder_2" in configs or unet.get("addition_embed_type") == "text_time":
         return "sdxl"
-    return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
+    is_sd2 = unet.get("use_linear_projection") if text is None else text.get("hidden_act") == "gelu"
+    return "sd2" if is_sd2 else "sd1"
 
 
 def title(configs: Mapping[str, Config]) -> str:
@@ -114,13 +119,14 @@ def ignored(configs: Mapping[str, Config]) -> tuple[str, ...]:
 
 
 def entries(configs: Mapping[str, Config]) -> Iterator[tuple[str, str, Shape, Place]]:
-    """Every tensor: component, diffusers key, shape in the module, place in the single file.
+    """Every tensor of the components with a configuration: component, diffusers key, shape in the module, place in
+    the single file.
 
     Raises:
         UserError: a configuration lacks a key or has a part that the original layout does not.
     """
     for component, (prefix, layers) in LAYOUTS[layout_kind(configs)].items():
-        for layer in layers(configs[component]):
+        for layer in layers(configs[component]) if component in configs else ():
             for name, shape, place in layer.tensors():
                 yield component, name, shape, replace(place, key=prefix + place.key)
 
@@ -159,7 +165,7 @@ def module_names(configs: Mapping[str, Config]) -> tuple[str, ...]:
     return tuple(
         f"{component}.{layer.name}"
         for component, (_, layers) in LAYOUTS[layout_kind(configs)].items()
-        if component != "vae"
+        if component != "vae" and component in configs
         for layer in layers(configs[component])
         if layer.adaptable
     )
@@ -168,6 +174,17 @@ def module_names(configs: Mapping[str, Config]) -> tuple[str, ...]:
 def canonical_text_name(name: str) -> str:
     """A text encoder's module or key name with the text_model level, which transformers 5 left out."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+
+
+def canonical_key(component: str, key: str) -> str | None:
+    """The name today of a key of a component's file in a diffusers folder; None for a buffer that is no weight."""
+    if component.startswith("text_encoder"):
+        return None if key.endswith(POSITION_IDS) else canonical_text_name(key)
+    before, attention, part = key.partition(".mid_block.attentions.0.")
+    if component != "vae" or not attention:
+        return key
+    name, dot, kind = part.partition(".")
+    return f"{before}{attention}{OLD_VAE_ATTENTION.get(name, name)}{dot}{kind}"
 
 
 @cache

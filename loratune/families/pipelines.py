@@ -9,8 +9,8 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from loratune.families.architectures import layout_kind, module_names
-from loratune.families.found import Configs
+from loratune.families.architectures import layout_kind
+from loratune.families.base_configs import Configs
 from loratune.families.sd import StableDiffusion
 from loratune.families.sdxl import StableDiffusionXL
 
@@ -59,11 +59,6 @@ PIPELINES = {
 def pipeline_of(configs: Configs) -> Pipeline:
     """What belongs to configurations."""
     return PIPELINES[layout_kind(configs)]
-
-
-def layer_names(configs: Configs) -> tuple[str, ...]:
-    """Canonical names of the layers that a LoRA can adapt, by which kohya's names are understood."""
-    return module_names(configs)
 
 
 def modelspec_architecture(configs: Configs) -> str:

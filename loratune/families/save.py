@@ -12,33 +12,16 @@ import torch
 from torch import Tensor
 
 from loratune.families.architectures import layout_kind
-from loratune.families.found import CONFIGS_KEY, WEIGHTS, Configs, pipeline_name, read_json
+from loratune.families.base_configs import CONFIGS_KEY, WEIGHTS, Configs, pipeline_name, read_json, without_private
 from loratune.families.pipelines import Pipeline, modelspec_architecture, pipeline_of
 from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.families.single_file import Weights, canonical_keys, to_single_file
 from loratune.formats.files import atomic_folder, write_safetensors
 
-# What says where a configuration was saved and by whom, not what the model is.
-PRIVATE = (
-    "_class_name",
-    "_diffusers_version",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "model_type",
-    "torch_dtype",
-    "transformers_version",
-)
-
 
 def is_text(component: str) -> bool:
     """Whether a component is a text encoder."""
     return component.startswith("text_encoder")
-
-
-def without_private(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A component's configuration as its constructor takes it."""
-    return {key: value for key, value in config.items() if key not in PRIVATE}
 
 
 def configs_of(family: StableDiffusion) -> Configs:

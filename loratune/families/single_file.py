@@ -11,6 +11,7 @@ from torch import Tensor
 from loratune.errors import UserError
 from loratune.families.architectures import (
     PREFIXES,
+    canonical_key,
     canonical_text_name,
     entries,
     ignored,
@@ -18,10 +19,6 @@ from loratune.families.architectures import (
     shapes_taken,
 )
 from loratune.families.layouts import Config, Place, Shape
-
-POSITION_IDS = "embeddings.position_ids"
-# What diffusers called the parts of the VAE's attention until 2023; SD 1.x folders on the hub have them still.
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -104,20 +101,8 @@ def _check_shape(source: Path | str, key: str, value: Tensor, taken: tuple[Shape
 
 def canonical_keys(component: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A component's state dict under today's names, whichever version of diffusers or transformers wrote it."""
-    if component.startswith("text_encoder"):
-        return canonical_text_keys(state_dict)
-    return {_today(key): value for key, value in state_dict.items()} if component == "vae" else dict(state_dict)
-
-
-def _today(key: str) -> str:
-    before, found, part = key.partition(".mid_block.attentions.0.")
-    name, dot, kind = part.partition(".")
-    return f"{before}{found}{OLD_VAE_ATTENTION.get(name, name)}{dot}{kind}"
-
-
-def canonical_text_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP text encoder's state dict with the text_model level that files have, without position_ids."""
-    return {canonical_text_name(key): value for key, value in state_dict.items() if not key.endswith(POSITION_IDS)}
+    named = ((canonical_key(component, key), value) for key, value in state_dict.items())
+    return {name: value for name, value in named if name is not None}
 
 
 def module_text_keys(state_dict: Mapping[str, Tensor], module_keys: Iterable[str]) -> dict[str, Tensor]:
@@ -126,4 +111,4 @@ def module_text_keys(state_dict: Mapping[str, Tensor], module_keys: Iterable[str
     Keys that the module does not have keep their canonical name, so that loading them strictly tells.
     """
     own = {canonical_text_name(key): key for key in module_keys}
-    return {own.get(key, key): value for key, value in canonical_text_keys(state_dict).items()}
+    return {own.get(key, key): value for key, value in canonical_keys("text_encoder", state_dict).items()}

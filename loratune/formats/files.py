@@ -81,6 +81,30 @@ def read_tensors(path: Path | str, keys: Iterable[str] | None = None) -> dict[st
         raise UserError(f"{path}: cannot be read ({error}); download or export it again") from None
 
 
+def read_part(path: Path, start: int, length: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor from bytes of a safetensors file, read into memory of its own.
+
+    Args:
+        path: of the file.
+        start: of the bytes, from the file's beginning.
+        length: of them.
+        dtype: as safetensors names it.
+        shape: of the tensor.
+
+    Raises:
+        UserError: the file cannot be read, or has become shorter.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(data) != length:
+        raise UserError(f"{path}: became shorter while it was read; download or export it again")
+    return _tensor_of(data, TensorInfo(dtype, shape, 0, length))
+
+
 def write_safetensors(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], durable: bool = True
 ) -> None:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.families.architectures import module_names, title
-from loratune.families.found import Configs, configs_of_file, find_base
+from loratune.families.architectures import module_names
+from loratune.families.base import Base
 from loratune.families.layouts import Shape
 from loratune.families.pipelines import lora_metadata
 from loratune.lora.algebra import SVD, randomized_svd
-from loratune.lora.base_weights import Weights, open_weights
 from loratune.lora.file import LoRAFile, standard_metadata
 from loratune.lora.layers import LoRALayer
 from loratune.lora.progress import shown
@@ -32,18 +31,16 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
         UserError: a checkpoint is not known or not complete, they are of different architectures or the same.
     """
     check_rank(rank, keep)
-    paths = find_base(base), find_base(tuned)
-    check_out(out, paths)
-    before, after = (configs_of_file(path) for path in paths)
-    _check_same(paths, before, after)
-    with open_weights(paths[0], before) as old, open_weights(paths[1], after) as new:
-        layers, errors, other = extracted(old, new, module_names(before), rank, keep, DTYPES[dtype])
+    old, new = Base.open(base), Base.open(tuned)
+    check_out(out, (old.path, new.path))
+    _check_same(old, new)
+    layers, errors, other = extracted(old, new, module_names(old.configs), rank, keep, DTYPES[dtype])
     if other:
         print(f"{len(other)} tensors differ that a LoRA cannot hold: {_named(other)}")
     if not layers:
         raise UserError(f"{tuned}: no layer that a LoRA can hold differs from {base}; there is nothing to extract")
     note = {"base": base, "tuned": tuned, "rank": rank, "keep": keep, "error": errors.overall, "not_held": len(other)}
-    kind = lora_metadata(before)
+    kind = lora_metadata(old.configs)
     metadata = standard_metadata(name=out.stem, base_model=kind["base_model"], architecture=kind["architecture"])
     write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
     ranks = sorted({layer.rank for layer in layers.values()})
@@ -51,10 +48,14 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
     print(f"{out}: {len(layers)} layers of {told}; {errors.told()}")
 
 
-def _check_same(paths: tuple[Path, Path], before: Configs, after: Configs) -> None:
-    kinds = [title(configs) for configs in (before, after)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"{paths[1]}: is {kinds[1]}, but {paths[0]} is {kinds[0]}; give two of the same architecture")
+def _check_same(old: Base, new: Base) -> None:
+    if old.title != new.title:
+        told = f"is {new.title}, but {old.path} is {old.title}"
+        raise UserError(f"{new.path}: {told}; give two of the same architecture")
+    parts = [{name.partition(".")[0] for name in module_names(one.configs)} for one in (old, new)]
+    if lacking := sorted(parts[0] ^ parts[1]):
+        one, other = (new, old) if lacking[0] in parts[0] else (old, new)
+        raise UserError(f"{one.path}: has no {lacking[0]}, which {other.path} has; give two with the same parts")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -65,7 +66,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def extracted(
-    old: Weights, new: Weights, names: Sequence[str], rank: int | None, keep: float | None, dtype: torch.dtype
+    old: Base, new: Base, names: Sequence[str], rank: int | None, keep: float | None, dtype: torch.dtype
 ) -> tuple[dict[str, LoRALayer], Errors, list[str]]:
     """The layers that differ, how far each is off, and the tensors that differ but are in no such layer.
 
@@ -83,7 +84,7 @@ def extracted(
     wanted = {f"{name}.weight": name for name in names}
     layers: dict[str, LoRALayer] = {}
     errors, other = Errors(), []
-    for key in shown(list(old.shapes), "comparing"):
+    for key in shown([key for key in old.tensors if key.partition(".")[0] in new.parts], "comparing"):
         change = _change(old, new, key)
         if not change.any():
             continue
@@ -91,18 +92,19 @@ def extracted(
             other.append(key)
             continue
         name = wanted[key]
-        layers[name] = _layer(change.flatten(1), old.shapes[key], rank, keep, dtype)
+        layers[name] = _layer(change.flatten(1), old.tensors[key].shape, rank, keep, dtype)
         written = layers[name].matrix()
         errors.whole[name] = float(change.double().norm()) ** 2
         errors.apart[name] = float((change.flatten(1) - written).double().norm()) ** 2
     return layers, errors, other
 
 
-def _change(old: Weights, new: Weights, key: str) -> Tensor:
+def _change(old: Base, new: Base, key: str) -> Tensor:
     """W - W_0 in float32."""
-    if new.shapes.get(key) != old.shapes[key]:
-        shapes = f"{new.shapes.get(key)}, in {old.path} {old.shapes[key]}"
-        raise UserError(f"{new.path}: {key} is {shapes}; give two checkpoints of the same architecture")
+    shapes = [one.tensors[key].shape if key in one.tensors else None for one in (old, new)]
+    if shapes[0] != shapes[1]:
+        told = f"{key} is {shapes[1]}, in {old.path} {shapes[0]}"
+        raise UserError(f"{new.path}: {told}; give two checkpoints of the same architecture")
     change = new.read(key).float() - old.read(key).float()
     if not change.isfinite().all():
         raise UserError(f"{new.path}: {key} or that of {old.path} has values that are not finite; one is damaged")

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import cache
 
 from loratune.families.architectures import architectures, entries, module_names, title
-from loratune.families.found import builtin_names, configs_of_file, find_base
+from loratune.families.base import Base
 from loratune.families.layouts import Shape
+from loratune.families.locate import builtin_names
 from loratune.lora.names import flat, known_shapes
 
 
@@ -22,7 +23,7 @@ def bases() -> dict[str, Mapping[str, Shape]]:
 
 
 def _embedded(name: str) -> dict[str, Shape]:
-    configs = configs_of_file(find_base(f"builtin:{name}"))
+    configs = Base.open(f"builtin:{name}").configs
     whole = {f"{component}.{key}": shape for component, key, shape, _ in entries(configs)}
     return {layer: whole[f"{layer}.weight"] for layer in module_names(configs)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsons
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from rich.text import Text
 
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind, title
-from loratune.families.found import CONFIGS_KEY, PIPELINE_PARTS, WEIGHTS, folder_configs, is_inpainting, told_schedule
+from loratune.families.base import Base
+from loratune.families.base_configs import CONFIGS_KEY, is_inpainting, stated_schedule
 from loratune.formats.headers import Header, read_header
 from loratune.lora.fits import fitting, layer_names
 from loratune.lora.names import DOWN, detect_format
@@ -89,13 +91,13 @@ def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
         configs = architectures()[name]
         found |= {"kind": "checkpoint", "family": title(configs), "architecture": name}
         found["variant"] = "inpainting" if is_inpainting(configs) else "text to image"
-        found["prediction"] = told_schedule(header).get("prediction_type", "not told by the file")
+        found["prediction"] = stated_schedule(header).get("prediction_type", "not told by the file")
         found["layout"] = f"single file ({layout_kind(configs)})"
     elif own:
         found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
     else:
         found["kind"] = describe_unsupported(header) or "not a file that is known here"
-    found |= _of_header(header)
+    found |= _of_headers([header])
     merged = {key: _parsed(value) for key, value in header.metadata.items() if "merge" in key.lower()}
     rest = {key: value for key, value in header.metadata.items() if key != CONFIGS_KEY and key not in merged}
     return found | {"merged": merged, "metadata": rest}
@@ -105,30 +107,35 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """Family and components of a diffusers folder, from its configurations and headers alone.
 
     Raises:
-        UserError: it is no diffusers folder, or one that is not supported or not complete.
+        UserError: it is no diffusers folder, or one that is not supported or whose weights are not complete.
     """
-    configs = folder_configs(folder)
-    name = configs["model_index"]["_class_name"]
-    headers = {part: read_header(folder / part / WEIGHTS[part]) for part in PIPELINE_PARTS[name]}
+    base = Base.open(str(folder))
+    configs = base.configs
+    headers = {part: list(base.files(part).values()) for part in base.parts}
     return {
         "file": str(folder),
         "kind": "checkpoint",
-        "family": title(configs),
-        "variant": "inpainting" if is_inpainting(configs) else "text to image",
+        "family": base.title,
+        "variant": "inpainting" if base.inpainting else "text to image",
         "prediction": configs["scheduler"].get("prediction_type", "not told by the folder"),
-        "layout": f"diffusers folder ({name})",
-        "size": f"{sum(header.size for header in headers.values()):,} bytes",
-        "components": {part: _of_header(header) for part, header in headers.items()},
-        "merged": {part: header.metadata for part, header in headers.items() if "loratune.merged" in header.metadata},
+        "layout": f"diffusers folder ({configs['model_index']['_class_name']})",
+        "size": f"{sum(header.size for some in headers.values() for header in some):,} bytes",
+        "missing": list(base.missing),
+        "components": {part: _of_headers(some) for part, some in headers.items()},
+        "merged": {
+            part: header.metadata
+            for part, some in headers.items()
+            for header in some
+            if "loratune.merged" in header.metadata
+        },
     }
 
 
-def _of_header(header: Header) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for info in header.tensors.values():
-        counts[info.dtype] = counts.get(info.dtype, 0) + 1
-    told = ", ".join(f"{dtype} x {count}" for dtype, count in counts.items())
-    return {"tensors": len(header.tensors), "size": f"{header.size:,} bytes, {told}"}
+def _of_headers(headers: Sequence[Header]) -> dict[str, Any]:
+    counts = Counter(info.dtype for header in headers for info in header.tensors.values())
+    dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in counts.items())
+    shards = {"files": len(headers)} if len(headers) > 1 else {}
+    return {"tensors": counts.total(), "size": f"{sum(header.size for header in headers):,} bytes, {dtypes}", **shards}
 
 
 def describe_lora(file: Path, header: Header) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def describe_lora(file: Path, header: Header) -> dict[str, Any]:
         "layers": len(lora.layers if lora else keys.layers),
         "targets": _targets(lora.layers if lora else keys.layers),
     }
-    found |= _of_header(header)
+    found |= _of_headers([header])
     ours = {"loads": WHOLE, "notes": []} if problem is None else _refusal(problem)
     found["readers"] = {"loratune": ours, **verdicts(keys)}
     found |= _numbers(file, header, lora)

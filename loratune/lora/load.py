@@ -9,8 +9,9 @@ from typing import cast
 import torch
 
 from loratune.errors import UserError
-from loratune.families.found import configs_of_file, find_base
-from loratune.families.load import layer_names, load_family
+from loratune.families.architectures import module_names
+from loratune.families.base import Base
+from loratune.families.load import load_family
 from loratune.families.sd import StableDiffusion
 from loratune.lora.file import LoRAFile
 from loratune.lora.merge.memory import merge_into, parse_weighted
@@ -34,7 +35,7 @@ def pick_device(name: str) -> torch.device:
 def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: Sequence[Path] = ()) -> StableDiffusion:
     """A base with LoRAs added to its weights and with learned tokens, ready to draw."""
     family = load_family(base)
-    names = layer_names(configs_of_file(find_base(base)))
+    names = module_names(Base.open(base).configs)
     loras = [parse_weighted(text, names) for text in lora]
     merge_into(family.components(), loras)
     for one in loras:

@@ -66,13 +66,20 @@ SECTIONS = {
 
 
 class RecipeParser(LightningArgumentParser):
-    """Raises a mistake instead of printing 58 lines of usage."""
+    """Raises a mistake instead of printing 58 lines of usage, and opens no file but recipes.
+
+    Where a value may be an object, jsonargparse tries a string as the path of a configuration: it would read a
+    checkpoint of gigabytes as text, several times.
+    """
 
     explain: Callable[[str], str] = staticmethod(lambda message: message)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
         """Raise what the command line prints as one line."""
         raise UserError(RecipeParser.explain(message))
+
+    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
 
 class SaveRecipe(SaveConfigCallback):

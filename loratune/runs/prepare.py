@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from loratune.data.audit import audit
 from loratune.data.module import CaptionedImages
 from loratune.errors import UserError
-from loratune.families.found import configs_of_file, find_base
+from loratune.families.base import Base
 from loratune.families.prompts import Prompts
 from loratune.families.sd import check_side
 from loratune.lora.tokens import WINDOW, NewToken
@@ -90,7 +90,7 @@ def check_data(chosen: Any) -> None:
 def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
     """Of a named base; what is wrong with it is told when it is loaded, after all that is wrong with the recipe."""
     try:
-        return configs_of_file(find_base(base)) if isinstance(base, str) else None
+        return Base.open(base).configs if isinstance(base, str) else None
     except UserError:
         return None
 

@@ -16,7 +16,7 @@ import yaml
 
 from loratune import __version__
 from loratune.errors import UserError
-from loratune.families.load import base_hash
+from loratune.families.base import base_hash
 from loratune.runs.checkpoints import read_checkpoint
 from loratune.runs.loggers import add_history, begin
 from loratune.training.randomness import restore, seed_dropout, states

@@ -16,7 +16,8 @@ from torch import Tensor
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.family import Condition, Family
-from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.load import load_family
+from loratune.families.save import save_diffusers_folder
 from loratune.families.sd import StableDiffusion
 from loratune.training.export import Target
 from loratune.training.memory import Memory, unload_encoders

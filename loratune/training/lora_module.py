@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from loratune.errors import UserError
+from loratune.families.architectures import module_names
 from loratune.families.family import Family
-from loratune.families.pipelines import layer_names
 from loratune.families.prompts import Prompts
 from loratune.families.save import configs_of
 from loratune.families.sd import TOKENIZER, StableDiffusion
@@ -85,7 +85,7 @@ class LoRAModule(DiffusionModule):
         self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
         self._first_rows = [row.detach().clone() for row in self._rows]
         if lora.init_from:
-            names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
+            names = module_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
             put(components, read_lora(lora.init_from, names).layers, lora.init_from)
         memory.arrange(self.family, encoded if lora.text_encoder or tokens is not None else ())
         self._is_cut = False

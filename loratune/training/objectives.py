@@ -13,8 +13,8 @@ from loratune.diffusion.noise import draw_pyramid, offset_noise, perturb
 from loratune.diffusion.objective import check_objective, debiased_weight, min_snr_weight, scheduled_huber_c
 from loratune.diffusion.process import Prediction, snr
 from loratune.diffusion.timesteps import logit_normal, shifted, to_steps
+from loratune.families.base import Base
 from loratune.families.family import Family
-from loratune.families.found import configs_of_file, find_base
 from loratune.families.sd import PREDICTIONS
 
 
@@ -125,11 +125,10 @@ class Objective:
             raise ValueError("huber_schedule 'snr' makes no sense with prediction 'flow'; use exponential or constant")
 
     def check_named(self, base: str) -> None:
-        """Raise ValueError where the loss makes no sense for a base in a folder, of which no weight is read."""
-        if (path := find_base(base)).is_dir():
-            scheduler = configs_of_file(path)["scheduler"]
-            kind = self.prediction or PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"), "eps")
-            self._check(kind, self.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")))
+        """Raise ValueError where the loss makes no sense for a base, of which no weight is read."""
+        scheduler = Base.open(base).configs["scheduler"]
+        kind = self.prediction or PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"), "eps")
+        self._check(kind, self.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")))
 
     def prepare(self, family: Family) -> None:
         """Give a family the prediction and the schedule of this objective.

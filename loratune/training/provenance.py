@@ -10,8 +10,10 @@ from typing import Any
 import lightning as L
 
 from loratune import __version__
+from loratune.families.base import base_hash
 from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY, Family
-from loratune.families.load import base_hash, configs_of, lora_metadata
+from loratune.families.pipelines import lora_metadata
+from loratune.families.save import configs_of
 from loratune.families.sd import StableDiffusion
 from loratune.lora.inject import LoRA
 from loratune.lora.layers import LowRank

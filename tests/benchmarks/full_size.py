@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from loratune.families.architectures import architectures, entries, file_shapes
-from loratune.families.found import WEIGHTS
+from loratune.families.base_configs import WEIGHTS
 from loratune.families.save import write_settings
 from loratune.formats.files import DTYPES, atomic_folder, atomic_path
 from loratune.formats.headers import ITEM_SIZES, TensorInfo, header_bytes

@@ -15,7 +15,7 @@ import torch
 
 from loratune.families import architectures as known
 from loratune.families.architectures import architectures, detect
-from loratune.families.load import read_folder, read_single_file
+from loratune.families.base import Base
 from loratune.formats.files import read_tensors
 from loratune.formats.headers import Header
 
@@ -56,7 +56,7 @@ def test_files_and_folders_are_written_whole(
     try:
         full_size.make_checkpoint("sdxl", tmp_path / "x.safetensors", dtype)
         full_size.make_folder("sdxl", tmp_path / "folder", dtype)
-        for _, weights in (read_single_file(tmp_path / "x.safetensors"), read_folder(tmp_path / "folder")):
+        for weights in (Base.open(str(tmp_path / name)).weights() for name in ("x.safetensors", "folder")):
             assert len(weights) == 4
             values = torch.cat([value.float().flatten() for value in weights["unet"].values() if value.dim() > 1])
             assert values.isfinite().all()

@@ -275,3 +275,11 @@ def test_a_sparse_file_that_claims_to_be_huge_is_refused_unread(tmp_path: Path) 
         file.truncate(200 << 30)
     with pytest.raises(UserError, match=r"a\.png: has 214748364800 bytes; an image may have at most"):
         read_source(str(tmp_path))[0]
+
+
+def test_a_caption_that_claims_to_be_huge_is_refused_unread(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", png())
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(UserError, match=r"a\.txt: has 214748364800 bytes; a caption may have at most"):
+        read_source(str(tmp_path))

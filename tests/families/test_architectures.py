@@ -26,7 +26,7 @@ from loratune.families.architectures import (
     places,
     title,
 )
-from loratune.families.single_file import canonical_text_keys
+from loratune.families.single_file import canonical_keys
 from loratune.formats.headers import Header, TensorInfo
 from loratune.lora.names import kohya_names
 
@@ -129,7 +129,7 @@ def test_layers_a_lora_can_adapt_are_the_matrices_and_convolutions(name: str) ->
             for path, part in model.named_modules()
             if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)
         }
-        expected |= {f"{component}.{path}" for path in (canonical_text_keys(found) if text else found)}
+        expected |= {f"{component}.{path}" for path in (canonical_keys("text_encoder", found) if text else found)}
     assert set(module_names(configs)) == expected
     assert len(module_names(configs)) == len(expected)
 
@@ -315,7 +315,7 @@ def test_a_file_that_tells_nothing_has_no_name() -> None:
 
 
 def test_headers_are_read_without_torch() -> None:
-    modules = "architectures, found, layouts, unsupported"
+    modules = "architectures, base, layouts, unsupported"
     imports = f"import sys; from loratune.families import {modules}; from loratune.lora import names"
     code = f"{imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

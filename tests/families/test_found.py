@@ -12,15 +12,15 @@ import torch
 
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, file_shapes
-from loratune.families.found import (
+from loratune.families.base import Base
+from loratune.families.base_configs import (
     CONFIGS_KEY,
     PIPELINE_PARTS,
-    configs_of_file,
     folder_configs,
     is_inpainting,
     pipeline_name,
     read_json,
-    told_schedule,
+    stated_schedule,
 )
 from loratune.formats.files import write_safetensors
 from loratune.formats.headers import Header, TensorInfo, header_bytes
@@ -45,7 +45,7 @@ def sparse_checkpoint(
 
 @pytest.mark.parametrize("name", architectures())
 def test_a_single_file_is_told_by_its_header(name: str, tmp_path: Path) -> None:
-    configs = configs_of_file(sparse_checkpoint(tmp_path / "x.safetensors", name))
+    configs = Base.open(str(sparse_checkpoint(tmp_path / "x.safetensors", name))).configs
     assert {**configs, "model_index": None} == {**architectures()[name], "model_index": None}
     assert is_inpainting(configs) == name.endswith("inpainting")
     assert configs["model_index"]["_class_name"] == pipeline_name(configs)
@@ -71,22 +71,22 @@ def test_a_single_file_is_told_by_its_header(name: str, tmp_path: Path) -> None:
 def test_the_schedule_that_a_single_file_tells(
     metadata: dict[str, str], marks: tuple[str, ...], told: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert told_schedule(Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)) == told
-    configs = configs_of_file(sparse_checkpoint(tmp_path / "x.safetensors", "sdxl", metadata, marks))
+    assert stated_schedule(Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)) == told
+    configs = Base.open(str(sparse_checkpoint(tmp_path / "x.safetensors", "sdxl", metadata, marks))).configs
     assert configs["scheduler"] == architectures()["sdxl"]["scheduler"] | told
 
 
 def test_a_file_that_carries_its_configurations(tiny_configs: Tiny, tmp_path: Path) -> None:
     configs = tiny_configs("sd2")
     write_safetensors(tmp_path / "x.safetensors", {"x": torch.ones(1)}, {CONFIGS_KEY: json.dumps(configs)})
-    assert configs_of_file(tmp_path / "x.safetensors") == configs
+    assert Base.open(str(tmp_path / "x.safetensors")).configs == configs
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"unet": 1}', '{"unet": {}, "vae": {}, "text_encoder": {}}'])
 def test_configurations_that_are_damaged_are_told(text: str, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", {"x": torch.ones(1)}, {CONFIGS_KEY: text})
     with pytest.raises(UserError, match=r"x\.safetensors: its metadata loratune\.configs is damaged"):
-        configs_of_file(tmp_path / "x.safetensors")
+        _ = Base.open(str(tmp_path / "x.safetensors")).configs
 
 
 def test_what_is_no_base_is_told_in_one_line(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_is_no_base_is_told_in_one_line(tmp_path: Path) -> None:
     for name, words in (("a", "a Stable Diffusion 3 checkpoint"), ("b", "not a checkpoint that is known here")):
         wanted = f"{name}.safetensors: {words}; a base must be a Stable Diffusion 1.x, 2.x or XL checkpoint"
         with pytest.raises(UserError, match=wanted) as error:
-            configs_of_file(tmp_path / f"{name}.safetensors")
+            _ = Base.open(str(tmp_path / f"{name}.safetensors")).configs
         assert len(str(error.value).splitlines()) == 1
 
 

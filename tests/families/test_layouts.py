@@ -16,7 +16,7 @@ from loratune.families.layout_text import open_clip_layers, open_clip_projected_
 from loratune.families.layout_unet import unet_layers
 from loratune.families.layout_vae import vae_layers
 from loratune.families.layouts import Layer
-from loratune.families.single_file import canonical_text_keys
+from loratune.families.single_file import canonical_keys
 
 UNET = {
     "block_out_channels": [8, 16, 16],
@@ -49,7 +49,7 @@ def live(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     with torch.device("meta"):
         if component in kinds:
-            held = canonical_text_keys(kinds[component](CLIPTextConfig(**config)).state_dict())
+            held = canonical_keys("text_encoder", kinds[component](CLIPTextConfig(**config)).state_dict())
         else:
             held = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component](**config).state_dict()
     return {key: tuple(value.shape) for key, value in held.items()}

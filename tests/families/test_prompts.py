@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from loratune.cli.main import main
 from loratune.data.encode import Encoder
 from loratune.errors import UserError
-from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import (
     COMMA,
@@ -38,6 +38,7 @@ from loratune.families.prompts import (
     weigh,
     windows,
 )
+from loratune.families.save import save_diffusers_folder
 from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.training.lora_module import LoRAModule
 

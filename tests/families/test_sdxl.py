@@ -14,9 +14,10 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from loratune.errors import UserError
-from loratune.families.found import ASSETS
-from loratune.families.load import load_family, save_diffusers_folder
+from loratune.families.load import load_family
+from loratune.families.locate import ASSETS
 from loratune.families.sampling import sample_images
+from loratune.families.save import save_diffusers_folder
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.inject import TEXT_TARGETS, LoRA, adapted_layers, collect, inject

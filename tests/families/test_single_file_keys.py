@@ -20,13 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from loratune.errors import UserError
 from loratune.families.architectures import PREFIXES, file_shapes, layout_kind, places
-from loratune.families.single_file import (
-    canonical_keys,
-    canonical_text_keys,
-    from_single_file,
-    module_text_keys,
-    to_single_file,
-)
+from loratune.families.single_file import canonical_keys, from_single_file, module_text_keys, to_single_file
 
 Configs = dict[str, dict[str, Any]]
 Weights = dict[str, dict[str, Tensor]]
@@ -183,7 +177,7 @@ def test_the_names_that_diffusers_gave_the_vae_until_2023() -> None:
 def test_text_keys_of_both_majors_of_transformers() -> None:
     bare = {"encoder.layers.0.mlp.fc1.weight": torch.ones(1), "embeddings.position_ids": torch.ones(1)}
     full = {"text_model.encoder.layers.0.mlp.fc1.weight": bare["encoder.layers.0.mlp.fc1.weight"]}
-    assert canonical_text_keys(bare) == full == canonical_text_keys(full)
+    assert canonical_keys("text_encoder", bare) == full == canonical_keys("text_encoder", full)
     for state_dict in (bare, full):
         for keys in (bare, full):
             assert module_text_keys(state_dict, keys).keys() == keys.keys() - {"embeddings.position_ids"}

@@ -18,22 +18,14 @@ from torch.testing import assert_close
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families import architectures as known
-from loratune.families.found import CONFIGS_KEY, WEIGHTS, pipeline_name
-from loratune.families.load import (
-    TELLING,
-    base_hash,
-    configs_of,
-    load_family,
-    read_folder,
-    read_single_file,
-    save_single_file,
-    weights_of,
-    write_folder,
-    write_single_file,
-)
+from loratune.families.architectures import OLD_VAE_ATTENTION
+from loratune.families.base import SPREAD_KEY, Base, base_hash
+from loratune.families.base_configs import CONFIGS_KEY, WEIGHTS, pipeline_name
+from loratune.families.load import load_family
 from loratune.families.pipelines import lora_metadata, pipeline_of
+from loratune.families.save import configs_of, save_single_file, weights_of, write_folder, write_single_file
 from loratune.families.sdxl import StableDiffusionXL
-from loratune.families.single_file import OLD_VAE_ATTENTION, canonical_keys, to_single_file
+from loratune.families.single_file import canonical_keys, to_single_file
 from loratune.formats.files import read_tensors, sha256_file, write_safetensors
 from loratune.formats.headers import read_header
 
@@ -110,7 +102,8 @@ def test_diffusers_loads_our_file_and_our_folder(
         kind.from_pretrained(folder, local_files_only=True),
     ):
         assert same({part: canonical_keys(part, getattr(pipe, part).state_dict()) for part in weights}, weights)
-    for found, held in (read_single_file(file), read_folder(folder)):
+    for base in (Base.open(str(file)), Base.open(str(folder))):
+        found, held = base.configs, base.weights()
         assert pipeline_name(found) == pipeline_name(configs)
         assert same(held, weights)
 
@@ -181,8 +174,8 @@ def test_sd2_predicts_what_its_header_or_its_weights_tell(
     tmp_path: Path,
 ) -> None:
     tensors = to_single_file(tiny_weights(small["sd2"]), small["sd2"])
-    width = len(tensors[TELLING])
-    tensors[TELLING] = torch.tensor([spread, -spread] * (width // 2)) + 3
+    width = len(tensors[SPREAD_KEY])
+    tensors[SPREAD_KEY] = torch.tensor([spread, -spread] * (width // 2)) + 3
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     family = load_family(str(tmp_path / "x.safetensors"))
     assert family.prediction == prediction
@@ -194,9 +187,9 @@ def test_only_sd2_is_told_by_its_weights(
 ) -> None:
     for name in ("sd15", "sd2-inpainting"):
         tensors = to_single_file(tiny_weights(small[name]), small[name])
-        tensors[TELLING] = 9 * torch.randn(len(tensors[TELLING]))
+        tensors[SPREAD_KEY] = 9 * torch.randn(len(tensors[SPREAD_KEY]))
         write_safetensors(tmp_path / f"{name}.safetensors", tensors, {})
-        configs, _ = read_single_file(tmp_path / f"{name}.safetensors")
+        configs = Base.open(str(tmp_path / f"{name}.safetensors")).configs
         assert configs["scheduler"]["prediction_type"] == "epsilon"
 
 
@@ -225,7 +218,7 @@ def test_inpainting_is_not_trained_or_drawn_with(
         with pytest.raises(UserError, match=f"{path.name}: an inpainting model .*not trained or drawn with") as error:
             load_family(str(path))
         assert len(str(error.value).splitlines()) == 1
-    assert read_single_file(file)[0]["unet"]["in_channels"] == 9
+    assert Base.open(str(file)).configs["unet"]["in_channels"] == 9
 
 
 def test_a_file_that_is_not_complete_is_told_with_its_name(
@@ -276,13 +269,30 @@ def test_loading_leaves_the_file_alone_and_the_random_numbers(
 
 def test_the_hash_of_a_base(small: dict[str, Configs], tiny_weights: Callable[..., Weights], tmp_path: Path) -> None:
     file = plain_file(tmp_path / "x.safetensors", small["sd15"], tiny_weights(small["sd15"]))
-    write_folder(tmp_path / "folder", small["sd15"], tiny_weights(small["sd15"]))
     assert base_hash(str(file)) == sha256_file(file)
-    assert base_hash(str(tmp_path / "folder")) == sha256_file(tmp_path / "folder" / "unet" / WEIGHTS["unet"])
     plain_file(file, small["sd15"], tiny_weights(small["sd15"], seed=1))
     assert base_hash(str(file)) == sha256_file(file)
-    shutil.rmtree(tmp_path / "folder" / "unet")
-    assert base_hash("made in code") == base_hash(str(tmp_path / "folder")) == ""
+    assert base_hash("made in code") == ""
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
+def test_the_hash_of_a_folder_is_of_all_its_parts(
+    part: str, small: dict[str, Configs], tiny_weights: Callable[..., Weights], tmp_path: Path
+) -> None:
+    weights = tiny_weights(small["sd15"])
+    write_folder(tmp_path / "one", small["sd15"], weights)
+    write_folder(tmp_path / "same", small["sd15"], weights)
+    if part == "scheduler":
+        small["sd15"]["scheduler"]["prediction_type"] = "v_prediction"
+    else:
+        key = next(iter(weights[part]))
+        weights[part][key] = weights[part][key] + 1
+    write_folder(tmp_path / "other", small["sd15"], weights)
+    one, same, other = (base_hash(str(tmp_path / name)) for name in ("one", "same", "other"))
+    assert one == same != other
+    assert len(one) == 64
+    shutil.rmtree(tmp_path / "one" / "unet")
+    assert base_hash(str(tmp_path / "one")) == ""
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from torch import Tensor
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families.family import join_conditions, repeat_condition
-from loratune.families.found import builtin_names, find_base
-from loratune.families.load import configs_of, load_family, save_diffusers_folder, weights_of
+from loratune.families.load import load_family
+from loratune.families.locate import builtin_names, locate
+from loratune.families.save import configs_of, save_diffusers_folder, weights_of
 from loratune.families.sd import NewStableDiffusion, StableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
@@ -57,7 +58,7 @@ def zero_lora(path: Path, width: int = 16) -> Path:
 
 def refused(name: str | Path) -> str:
     with pytest.raises(UserError) as error:
-        find_base(str(name))
+        locate(str(name))
     return str(error.value)
 
 
@@ -231,10 +232,10 @@ def test_a_builtin_that_is_not_there_lists_those_that_are() -> None:
 
 
 def test_what_is_there_is_found(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_base(str(tiny_base)) == tiny_base
+    assert locate(str(tiny_base)) == tiny_base
     file = zero_lora(tmp_path / "x.safetensors")
-    assert find_base(str(file)) == file
+    assert locate(str(file)) == file
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_base("~/x.safetensors") == file
+    assert locate("~/x.safetensors") == file
     with pytest.raises(UserError, match=r"x\.safetensors: a LoRA, not a base"):
         load_family(str(file))

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from loratune.cli.main import main
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, module_names
-from loratune.families.found import configs_of_file
+from loratune.families.base import Base
 from loratune.families.load import load_family
-from loratune.families.pipelines import layer_names
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
@@ -146,7 +145,7 @@ def test_other_kinds_are_written_and_read(
     path = tmp_path / "run" / "lora.safetensors"
     ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_family(str(tiny_base))
     assert not torch.allclose(predictions(ours), predictions(base), atol=1e-3)
-    file = read_lora(path, layer_names(configs_of_file(tiny_base)))
+    file = read_lora(path, module_names(Base.open(str(tiny_base)).configs))
     assert {layer.name for layer in file.layers.values()} == {KINDS[kind]}
     assert file.metadata["ss_network_module"] == "lycoris.kohya"
     assert json.loads(file.metadata["ss_network_args"])["algo"] == algorithm

@@ -30,7 +30,7 @@ def report_of(
     whole = sum(tallies.values(), Tally())
     told: dict[str, Any] = {
         "out": str(asked.out),
-        "base": asked.base,
+        "base": asked.base.name,
         "loras": [
             {
                 "file": str(one.path),

@@ -6,14 +6,11 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import UserError
-from loratune.families.found import PIPELINE_PARTS, WEIGHTS, Configs, configs_of_file
-from loratune.formats.headers import Header, read_header
-from loratune.lora.merge.slots import Slot, component_slots, file_slots
+from loratune.families.base import Base
 
 # The beginnings of canonical names, and what the command line calls them.
 SHORT = {
@@ -168,8 +165,7 @@ class Request:
     """What is to be merged.
 
     Args:
-        base: as given.
-        path: of the base.
+        base: what is merged into.
         given: the LoRAs.
         out: what is written.
         exact: compute in float64.
@@ -178,8 +174,7 @@ class Request:
         unmerge: subtract.
     """
 
-    base: str
-    path: Path
+    base: Base
     given: Sequence[Given]
     out: Path
     exact: bool = False
@@ -187,54 +182,8 @@ class Request:
     in_place: bool = False
     unmerge: bool = False
 
-    @cached_property
-    def configs(self) -> Configs:
-        """The base's configurations."""
-        return configs_of_file(self.path)
-
-    @cached_property
-    def files(self) -> dict[str, dict[Path, Header]]:
-        """The files that hold the base's weights: by component in a folder, all under "" in a single file."""
-        if self.path.is_file():
-            return {"": {self.path: read_header(self.path)}}
-        parts = [part for part in PIPELINE_PARTS[self.configs["model_index"]["_class_name"]] if part != "vae"]
-        return {part: {file: read_header(file) for file in weight_files(self.path, part)} for part in parts}
-
-    @cached_property
-    def slots(self) -> dict[str, Slot]:
-        """Where the weights of the base's layers lie, by canonical name."""
-        if self.path.is_file():
-            return file_slots(self.path, self.files[""][self.path], self.configs)
-        found: dict[str, Slot] = {}
-        for part, headers in self.files.items():
-            found |= component_slots(part, headers)
-        return found
-
     @property
     def note(self) -> dict[str, Any]:
         """What the merged file's metadata says of this merge."""
         flags = {name: True for name in ("exact", "unmerge") if getattr(self, name)}
-        return {"base": self.base, "loras": [one.told() for one in self.given], **flags}
-
-
-def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files with a component's weights: the plain one, else a variant (fp16), else its shards.
-
-    Raises:
-        UserError: there is none.
-    """
-    plain = folder / part / WEIGHTS[part]
-    if plain.is_file():
-        return [plain]
-    stem = plain.name.removesuffix(".safetensors")
-    found = sorted((folder / part).glob(f"{stem}[.-]*.safetensors"))
-    shards = [file for file in found if "-of-" in file.name]
-    variants = [file for file in found if file not in shards and "ema" not in file.name]
-    if variants:
-        return variants[:1]
-    if not shards:
-        raise UserError(f"{plain}: there is no such file, nor a variant of it; only .safetensors files are loaded")
-    # Of shards in several precisions, one.
-    first = shards[0].name.partition("-0")[0]
-    last = shards[0].name.partition("-of-")[2]
-    return [file for file in shards if file.name.startswith(f"{first}-0") and file.name.endswith(f"-of-{last}")]
+        return {"base": self.base.name, "loras": [one.told() for one in self.given], **flags}

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
 from loratune.families.architectures import module_names, original_names
-from loratune.families.found import PIPELINE_PARTS, WEIGHTS, find_base
+from loratune.families.base import Base
+from loratune.families.base_configs import WEIGHTS
+from loratune.families.slots import Slot
+from loratune.families.weight_files import index_name, index_of
 from loratune.formats.atomic import atomic_folder, atomic_path
-from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
+from loratune.formats.headers import PICKLE_SUFFIXES, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
 from loratune.lora.merge.report import Bar, report_of, show
-from loratune.lora.merge.request import Request, check_blocks, mentioned, parse, weight_files
-from loratune.lora.merge.slots import Slot
+from loratune.lora.merge.request import Request, check_blocks, mentioned, parse
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loratune.lora.file import LoRAFile
     from loratune.lora.merge.match import AnyLayer, Matches, Weighted
     from loratune.lora.merge.stream import Tally
@@ -55,11 +55,11 @@ def merge(
     """
     if not lora:
         raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:WEIGHT")
-    asked = Request(base, find_base(base), [parse(text) for text in lora], out, exact, allow_partial, in_place, unmerge)
+    asked = Request(Base.open(base), [parse(text) for text in lora], out, exact, allow_partial, in_place, unmerge)
     _check_out(asked)
     for one in asked.given:
-        check_blocks(one, module_names(asked.configs))
-    converting = asked.path.is_dir() == (out.suffix == ".safetensors")
+        check_blocks(one, module_names(asked.base.configs))
+    converting = asked.base.single != (out.suffix == ".safetensors")
     report = _converted(asked) if converting else _streamed(asked)
     if json:
         print(jsons.dumps(report, indent=2))
@@ -68,7 +68,7 @@ def merge(
 
 
 def _check_out(asked: Request) -> None:
-    out, path = asked.out, asked.path
+    out, path = asked.out, asked.base.path
     if out.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(f"--out {out}: pickles are not written; give a name that ends in .safetensors, or a folder's")
     for one in asked.given:
@@ -106,14 +106,18 @@ class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the 
 
 def _streamed(asked: Request) -> dict[str, Any]:
     """Merge into what the base is: a file into a file, a folder into a folder."""
-    keys = [key for one in asked.given for key in read_header(one.path).tensors]
-    originals = original_names(asked.configs)
-    guessed = mentioned(keys, {name: originals.get(name, name) for name in asked.slots})
-    parts = {""} if asked.path.is_file() else {name.split(".")[0] for name in guessed}
+    base, keys = asked.base, [key for one in asked.given for key in read_header(one.path).tensors]
+    originals = original_names(base.configs)
+    guessed = mentioned(keys, {name: originals.get(name, name) for name in base.layers})
     try:
-        return _attempt(asked, guessed, parts)
+        return _attempt(asked, guessed, _parts_of(base, guessed))
     except _OtherParts as other:
         return _attempt(asked, guessed, other.parts)
+
+
+def _parts_of(base: Base, layers: Iterable[str]) -> set[str]:
+    """The components whose files hold these layers; a single file holds them all."""
+    return {base.parts[0]} if base.single else {name.partition(".")[0] for name in layers}
 
 
 def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, Any]:
@@ -122,13 +126,14 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
     Raises:
         _OtherParts: those are not the components that change.
     """
+    base = asked.base
     bar = Bar()
     with ExitStack() as stack:
         target = _place(asked, stack)
         outputs = _open(asked, target, parts, stack)
-        headers = {file: header for part in parts for file, header in asked.files[part].items()}
+        headers = {file: header for part in parts for file, header in base.files(part).items()}
         changing = {file: output for file, output in outputs.items() if file in headers}
-        withheld = {file: _ranges(asked.slots, guessed, file) for file in changing}
+        withheld = {file: _ranges(base.layers, guessed, file) for file in changing}
         _check_room(asked, outputs, withheld)
         writer = stack.enter_context(Writer(bar.advance))
         for file, output in outputs.items():
@@ -138,11 +143,10 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
         _load_numpy()  # only now, as it takes a while
         from loratune.lora.merge.stream import apply, patches
 
-        loras, found = _matched(asked, {name: slot.shape for name, slot in asked.slots.items()})
-        actual = {""} if asked.path.is_file() else {name.split(".")[0] for name in found.terms}
-        if actual != parts:
+        loras, found = _matched(asked, {name: slot.shape for name, slot in base.layers.items()})
+        if (actual := _parts_of(base, found.terms)) != parts:
             raise _OtherParts(actual)
-        made = patches(asked.slots, found.terms)
+        made = patches(base.layers, found.terms)
         tallies = apply(made, changing, writer, withheld, asked.exact, asked.unmerge)
     tensors = len({(patch.slot.file, patch.slot.key) for patch in made})
     return report_of(asked, loras, found, tallies, tensors)
@@ -150,20 +154,21 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
 
 def _place(asked: Request, stack: ExitStack) -> Path:
     """The temporary file or folder that becomes the output."""
-    replace = asked.in_place and _same(asked.out, asked.path)
+    replace = asked.in_place and _same(asked.out, asked.base.path)
     out = asked.out.resolve() if replace else asked.out  # the base itself, not a link to it
-    return stack.enter_context(atomic_folder(out, replace) if asked.path.is_dir() else atomic_path(out))
+    return stack.enter_context(atomic_path(out) if asked.base.single else atomic_folder(out, replace))
 
 
 def _open(asked: Request, target: Path, parts: Iterable[str], stack: ExitStack) -> dict[Path, Output]:
     """The outputs by source file, with their headers; a folder's small files are copied."""
-    headers = {file: header for part in parts for file, header in asked.files[part].items()}
-    if asked.path.is_file():
-        metadata = noted(headers[asked.path].metadata, asked.note)
-        return {asked.path: stack.enter_context(opened(asked.path, headers[asked.path], target, metadata))}
+    base = asked.base
+    headers = {file: header for part in parts for file, header in base.files(part).items()}
+    if base.single:
+        metadata = noted(headers[base.path].metadata, asked.note)
+        return {base.path: stack.enter_context(opened(base.path, headers[base.path], target, metadata))}
     outputs: dict[Path, Output] = {}
-    for file in _kept(asked.path, parts, headers):
-        place = target / file.relative_to(asked.path)
+    for file in _kept(base, parts):
+        place = target / file.relative_to(base.path)
         place.parent.mkdir(parents=True, exist_ok=True)
         if file in headers:
             metadata = noted(headers[file].metadata, asked.note)
@@ -172,17 +177,34 @@ def _open(asked: Request, target: Path, parts: Iterable[str], stack: ExitStack) 
             shutil.copyfile(file, place)
         else:
             outputs[file] = stack.enter_context(opened_copy(file, place))
+    _index_shards(base, target)
     return outputs
 
 
-def _kept(folder: Path, parts: Iterable[str], weights: Mapping[Path, Header]) -> list[Path]:
+def _kept(base: Base, parts: Iterable[str]) -> list[Path]:
     """A folder's files, without other copies (half precision, pickles) of the weights of components that change.
 
     They would stay unmerged beside the merged ones.
     """
-    changing = {folder / part for part in parts}
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if file.parent not in changing or file.suffix in TEXTS or file in weights]
+    changing = {base.path / part for part in parts}
+    needed = {base.path / part / name for part in parts for name in (base.index(part), *base.files(part)) if name}
+    files = sorted(file for file in base.path.rglob("*") if file.is_file())
+    return [file for file in files if file.parent not in changing or file in needed or _is_text(file)]
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of a component is a configuration or the like, and no list of shards."""
+    return file.suffix in TEXTS and ".index." not in file.name
+
+
+def _index_shards(base: Base, target: Path) -> None:
+    """Write the list of a component's shards, without which diffusers does not read them, where there is none."""
+    for part in base.variants:
+        headers = base.files(part)
+        if len(headers) > 1 and base.index(part) is None:
+            size = sum(header.size - header.data_offset for header in headers.values())
+            text = index_of({file.name: header.tensors for file, header in headers.items()}, size)
+            (target / part / index_name(next(iter(headers)).name)).write_text(text, encoding="utf-8")
 
 
 def _ranges(slots: Mapping[str, Slot], names: Iterable[str], file: Path) -> list[Range]:
@@ -216,7 +238,7 @@ def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[
     """The LoRAs, read, and their layers in the base."""
     from loratune.lora.merge.match import Weighted, terms_by_layer
 
-    names = module_names(asked.configs)
+    names = module_names(asked.base.configs)
     loras: list[Weighted[AnyLayer]] = [Weighted(one, _read(one.path, names)) for one in asked.given]
     for one in loras if asked.unmerge else []:
         if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
@@ -240,13 +262,12 @@ def _converted(asked: Request) -> dict[str, Any]:
     """Merge a folder into a single file, or the other way; all weights are in memory."""
     import torch
 
-    from loratune.families.load import read_single_file, write_single_file
-    from loratune.families.save import write_settings
+    from loratune.families.save import write_settings, write_single_file
     from loratune.formats.files import dtype_name, write_safetensors
     from loratune.lora.merge.stream import checked
 
-    path = asked.path
-    configs, weights = (asked.configs, _read_folder(asked)) if path.is_dir() else read_single_file(path)
+    asked.base.require_whole("writing it in the other layout")
+    path, configs, weights = asked.base.path, asked.base.configs, asked.base.weights()
     flat = {
         f"{part}.{key.removesuffix('.weight')}": (part, key)
         for part in weights
@@ -263,7 +284,7 @@ def _converted(asked: Request) -> dict[str, Any]:
             raw = new.reshape(-1).view(torch.uint8).numpy()
             tallies[name] = checked(raw, dtype_name(new.dtype), new.shape, some, where, asked.exact, asked.unmerge)
             weights[part][key] = new
-    headers = [header for some in asked.files.values() for header in some.values()]
+    headers = [header for part in asked.base.parts for header in asked.base.files(part).values()]
     merges = {key: header.metadata[key] for header in headers for key in (MERGES_KEY,) if key in header.metadata}
     note = {MERGES_KEY: noted(merges, asked.note)[MERGES_KEY]}
     size = sum(value.numel() * value.element_size() for some in weights.values() for value in some.values())
@@ -280,15 +301,3 @@ def _converted(asked: Request) -> dict[str, Any]:
                 write_safetensors(temporary / part / WEIGHTS[part], weights[part], metadata)
             write_settings(temporary, configs)
     return report_of(asked, loras, found, tallies, len(tallies))
-
-
-def _read_folder(asked: Request) -> dict[str, dict[str, Tensor]]:
-    """A folder's weights by component, shards and variants too, under today's names."""
-    from loratune.families.single_file import canonical_keys
-    from loratune.formats.files import read_tensors
-
-    found = {}
-    for part in PIPELINE_PARTS[asked.configs["model_index"]["_class_name"]]:
-        tensors = {key: value for file in weight_files(asked.path, part) for key, value in read_tensors(file).items()}
-        found[part] = canonical_keys(part, tensors)
-    return found

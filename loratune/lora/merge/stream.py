@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratune.errors import UserError
+from loratune.families.slots import Slot
 from loratune.formats.numbers import FLOATS, Array, Bytes, narrowed, spacing, widened
 from loratune.formats.streaming import Output, Range, Writer, without
-from loratune.lora.merge.slots import Slot
 from loratune.lora.plain import PlainLayer
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratune.errors import UserError
+from loratune.families.base_configs import CONFIGS_KEY
 from loratune.families.family import Family
-from loratune.families.found import CONFIGS_KEY
 from loratune.families.load import load_family
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, write_lora

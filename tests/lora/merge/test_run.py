@@ -21,8 +21,8 @@ from torch import Tensor
 from loratune.cli.main import main
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
-from loratune.families.found import CONFIGS_KEY
-from loratune.families.load import write_single_file
+from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.save import write_single_file
 from loratune.families.single_file import from_single_file, to_single_file
 from loratune.formats import streaming
 from loratune.formats.files import read_tensors, write_safetensors

@@ -1,16 +1,16 @@
-"""Bases by name: where they lie, what they are, told from headers and configurations, without torch."""
+"""The configurations of a base: of its folder, or by the header of its single file; without torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind
-from loratune.formats.headers import PICKLE_SUFFIXES, Header, read_header
+from loratune.formats.headers import Header
 
-ASSETS = Path(__file__).parent.parent / "assets"
 CONFIGS_KEY = "loratune.configs"
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -29,67 +29,33 @@ PIPELINE_PARTS = {
     "StableDiffusionXLPipeline": _XL,
     "StableDiffusionXLInpaintPipeline": _XL,
 }
+# What says where a configuration was saved and by whom, not what the model is.
+PRIVATE = (
+    "_class_name",
+    "_diffusers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+)
 SUPPORTED = "a base must be a Stable Diffusion 1.x, 2.x or XL checkpoint"
 # What single files call the kinds of prediction, and what diffusers does.
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
-def builtin_names() -> list[str]:
-    """Names of the embedded bases."""
-    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
-
-
-def find_base(name: str) -> Path:
-    """The folder or file that a base's name stands for.
-
-    Args:
-        name: `builtin:NAME`, a diffusers folder, a `.safetensors` file, or a hub id such as `owner/model`.
-
-    Raises:
-        UserError: there is no such base, or it is a pickle.
-    """
-    if name.startswith("builtin:"):
-        folder = ASSETS / name.removeprefix("builtin:")
-        if name.removeprefix("builtin:") not in builtin_names():
-            raise UserError(f"base {name}: there is no such embedded base; there is {builtin_names()}")
-        return folder
-    path = Path(name).expanduser()
-    if path.suffix in PICKLE_SUFFIXES:
-        raise UserError(f"{path}: a pickle can run any code when it is opened; only .safetensors files are loaded")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: no model_index.json, so this is no diffusers folder")
-    if path.exists():
-        return path
-    if path.suffix or path.is_absolute() or name.count("/") != 1:
-        raise UserError(f"base {name}: no such file or folder (nor builtin:NAME, nor a hub id owner/model)")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]))
-    except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"base {name}: no such folder here, and the hub did not give it: {reason}") from error
-
-
-def configs_of_file(path: Path) -> Configs:
-    """The configurations of a base, read without its weights.
+def file_configs(path: Path, header: Header) -> Configs:
+    """The configurations of a single-file checkpoint, by its header.
 
     Raises:
         UserError: it is no checkpoint that is known.
     """
-    if path.is_dir():
-        return folder_configs(path)
-    header = read_header(path)
     if carried := header.metadata.get(CONFIGS_KEY):
         return _carried(path, carried)
-    if found := detect(header):
-        configs = architectures()[found]
-        configs["scheduler"] |= told_schedule(header)
+    if name := detect(header):
+        configs = architectures()[name]
+        configs["scheduler"] |= stated_schedule(header)
         return configs | {"model_index": {"_class_name": pipeline_name(configs)}}
     kind = describe_unsupported(header) or "not a checkpoint that is known here"
     raise UserError(f"{path}: {kind}; {SUPPORTED}")
@@ -106,7 +72,7 @@ def _carried(path: Path, text: str) -> Configs:
     return dict(configs)
 
 
-def told_schedule(header: Header) -> dict[str, Any]:
+def stated_schedule(header: Header) -> dict[str, Any]:
     """What a single file says of its noise schedule, as a diffusers scheduler has it; {} where it says nothing.
 
     Metadata by Stability's modelspec, or the empty tensors `v_pred` and `ztsnr` that SDXL files carry. With zero
@@ -134,7 +100,7 @@ def is_inpainting(configs: Configs) -> bool:
 
 
 def folder_configs(folder: Path) -> Configs:
-    """The configurations of a diffusers folder.
+    """The configurations of a diffusers folder; a part that the folder lacks has none.
 
     Raises:
         UserError: it is of a pipeline that is not supported, or a file of it is missing or no JSON.
@@ -144,7 +110,18 @@ def folder_configs(folder: Path) -> Configs:
         raise UserError(f"{folder}: it is for {name}, which is not supported; there is {', '.join(PIPELINE_PARTS)}")
     configs = {"model_index": {"_class_name": name}}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    return configs | {part: read_json(folder / part / "config.json") for part in PIPELINE_PARTS[name]}
+    there = [part for part in PIPELINE_PARTS[name] if part == "unet" or (folder / part).is_dir()]
+    return configs | {part: read_json(folder / part / "config.json") for part in there}
+
+
+def parts_of(configs: Configs) -> tuple[str, ...]:
+    """The components with weights that a base of this pipeline has when it is whole."""
+    return PIPELINE_PARTS[pipeline_name(configs)]
+
+
+def without_private(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's configuration as its constructor takes it."""
+    return {key: value for key, value in config.items() if key not in PRIVATE}
 
 
 def read_json(path: Path) -> dict[str, Any]:
