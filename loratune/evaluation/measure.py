@@ -40,8 +40,8 @@ class Sampling(NamedTuple):
 def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
     """All images of a source, (N, 3, size, size) in [-1, 1], and their captions."""
     source = read_source(data)
-    pixels = [to_tensor(square(open_image(one.data), size)) for one in source]
-    return normalise(torch.stack(pixels)), [one.caption or "" for one in source]
+    pixels = [to_tensor(square(open_image(sample.data), size)) for sample in source]
+    return normalise(torch.stack(pixels)), [sample.caption or "" for sample in source]
 
 
 @torch.no_grad()

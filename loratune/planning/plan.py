@@ -51,7 +51,7 @@ class Plan:
         sizes: (height, width) in pixels of each bucket.
         memory: by part, at the peak of a training step.
         encoding: peak while images are encoded.
-        drawing: peak while samples are drawn; 0 where none are.
+        sampling: peak while samples are made; 0 where none are.
         cache: on disk.
         flops: of one step.
         seconds: of the run; none where no rate is known.
@@ -71,7 +71,7 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     memory: dict[str, int]
     encoding: int
-    drawing: int
+    sampling: int
     cache: int
     flops: int
     seconds: float | None = None
@@ -86,7 +86,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes at the peak of the run."""
-        return max(self.training, self.encoding, self.drawing)
+        return max(self.training, self.encoding, self.sampling)
 
 
 def build(recipe: Path, words: Sequence[str] = ()) -> RecipeCLI:
@@ -120,25 +120,25 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     own = weight_bytes(family, True, precision)
     imagine(module, precision)
     sizes = sizes_of(data)
-    shape = max((family.latent_shape(*size) for size in sizes), key=lambda one: one[-1] * one[-2])
+    shape = max((family.latent_shape(*size) for size in sizes), key=lambda shape: shape[-1] * shape[-2])
     rules, frozen_text = Rules(precision, gpu), module.text_is_frozen
     captions = ["a caption"] * data.batch_size
 
-    def told() -> dict[str, Any]:
+    def conditioning() -> dict[str, Any]:
         with torch.set_grad_enabled(not frozen_text):
             return dict(family.encode_prompts(captions))
 
-    condition = told()
+    condition = conditioning()
     once = step(
         family,
         data.batch_size,
         shape,
-        (lambda: condition) if frozen_text else told,
+        (lambda: condition) if frozen_text else conditioning,
         rules,
         module.memory.gradient_checkpointing,
     )
     encoding = _encoding(module, max(sizes, key=lambda size: size[0] * size[1]), precision, gpu)
-    drawing = _drawing(module, trainer, data, gpu)
+    sampling = _sampling(module, trainer, data, gpu)
     averages = own if any(isinstance(callback, EMA) for callback in trainer.callbacks) else 0
     kept = weights if not module.memory.unload_encoders else {"unet": weights["unet"]}
     memory = {
@@ -166,7 +166,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         sizes=tuple(sizes),
         memory=memory,
         encoding=sum(weights.values()) + own + encoding + (CONTEXT if gpu else 0),
-        drawing=drawing + sum(memory[part] for part in memory if part in HELD) if drawing else 0,
+        sampling=sampling + sum(memory[part] for part in memory if part in HELD) if sampling else 0,
         cache=images * _cached(shape, condition, data.batch_size) if module.batch_kind == "latents" else 0,
         flops=once.flops * passes * trainer.accumulate_grad_batches,
         seconds=steps / rate if rate else None,
@@ -177,19 +177,19 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
     """(height, width) of the buckets of a recipe's images; of many images a thousand are looked at."""
     if data.buckets is None:
         return [(data.resolution, data.resolution)]
-    held, found = data.collection, set()
-    for number in range(0, len(held), max(1, len(held) // LOOKED_AT)):
-        source, row = held.at(number)
+    collection, sizes = data.collection, set()
+    for number in range(0, len(collection), max(1, len(collection) // LOOKED_AT)):
+        source, row = collection.at(number)
         with suppress(OSError):  # an unreadable image is told of when the run begins
-            found.add(held.entry(source, row, held.sources[source][row]).bucket[::-1])
-    return sorted(found)
+            sizes.add(collection.entry(source, row, collection.sources[source][row]).bucket[::-1])
+    return sorted(sizes)
 
 
 def images_of_an_epoch(data: Any) -> int:
     """About how many images come in an epoch: how many are held out is known when each is read."""
     share = {"training": (100 - data.validation_percent) / 100, "regularization": 1.0, "validation": 0.0}
     pairs = zip(data.collection.sources, data.sources, strict=True)
-    counts = [round(len(source) * share[told.role]) for source, told in pairs]
+    counts = [round(len(source) * share[config.role]) for source, config in pairs]
     return round(sum(count * each for count, each in zip(counts, often(data.sources, counts), strict=True)))
 
 
@@ -202,10 +202,12 @@ def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gp
     return peak(lambda: vae.encode(pixels.to(vae.dtype)), Rules("32-true", gpu))
 
 
-def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) -> int:
-    """Bytes beyond what is held, at the peak of drawing samples and of the comparisons; 0 where there are none."""
+def _sampling(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) -> int:
+    """Bytes beyond what is held, at the peak of sampling and of the comparisons; 0 where there are none."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    every = {type(one): one.every_n_steps for one in callbacks if isinstance(one, SampleGrid | Evaluate)}
+    every = {
+        type(callback): callback.every_n_steps for callback in callbacks if isinstance(callback, SampleGrid | Evaluate)
+    }
     if not any(every.values()):
         return 0
     family: Any = module.family
@@ -217,9 +219,9 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
     def some(count: int) -> torch.Tensor:
         return torch.empty(count, *shape, device="meta")
 
-    told = family.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
+    conditioning = family.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
     t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
-    taken = peak(lambda: family.denoise(some(len(t)), t, told), rules)
+    taken = peak(lambda: family.denoise(some(len(t)), t, conditioning), rules)
     vae = getattr(family, "vae", None)
     if vae is None or not every.get(SampleGrid):
         return taken
@@ -235,9 +237,9 @@ def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
 
 def _steps(trainer: L.Trainer, images: int, batch: int) -> int:
     epoch = max(1, -(-images // batch))
-    told = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    told += [epoch * trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
-    return min(told, default=0)
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    limits += [epoch * trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    return min(limits, default=0)
 
 
 def parse_memory(text: str) -> int:
@@ -274,16 +276,16 @@ def changes(cli: RecipeCLI) -> Iterator[tuple[str, list[str]]]:
         yield f"data.batch_size: {size} (with trainer.accumulate_grad_batches)", ["--data.batch_size", str(size)]
 
 
-def advise(recipe: Path, gpu: bool, room: int, given: Sequence[str] = ()) -> tuple[list[str], Plan] | None:
+def advise(recipe: Path, gpu: bool, room: int, words: Sequence[str] = ()) -> tuple[list[str], Plan] | None:
     """The changes, added one by one, with which a recipe fits into `room` bytes, and the plan with them; or None."""
-    words = list(given)
-    told: list[str] = []
+    words = list(words)
+    advised: list[str] = []
     for name, more in changes(build(recipe, words)):
         words += more
-        told = [*(one for one in told if one.split(":")[0] != name.split(":")[0]), name]
-        made = make_plan(recipe, gpu, words)
-        if made.peak <= room:
-            return told, made
+        advised = [*(line for line in advised if line.split(":")[0] != name.split(":")[0]), name]
+        changed = make_plan(recipe, gpu, words)
+        if changed.peak <= room:
+            return advised, changed
     return None
 
 

@@ -73,12 +73,12 @@ def lines_of(recipe: str, report: Audit) -> Iterator[str]:
         yield ""
         yield from _lines_of(finding)
     yield ""
-    faults = ", ".join(finding.told for finding in report.findings)
+    faults = ", ".join(finding.message for finding in report.findings)
     yield f"To mend: {faults}." if faults else "Nothing to mend."
 
 
 def _lines_of(finding: Finding) -> Iterator[str]:
-    yield f"{len(finding.names)} {finding.told}; {finding.mend}:"
+    yield f"{len(finding.names)} {finding.message}; {finding.mend}:"
     yield from (f"  {name}" for name in finding.names[:NAMED])
     if len(finding.names) > NAMED:
         yield f"  and {len(finding.names) - NAMED} more (--json FILE has all)"
