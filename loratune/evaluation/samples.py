@@ -23,16 +23,16 @@ from loratune.training.sharding import draws
 
 
 class SampleGrid(L.Callback):
-    """Draw the same prompts from the same noise every so often, step 0 included, into TensorBoard.
+    """Sample the same prompts from the same noise at regular steps, step 0 included, into TensorBoard.
 
     Args:
-        prompts: what is drawn; none draws captions of held-out images (or of training images).
-        every_n_steps: steps between grids; 0 draws none.
-        seed: of the first prompt; the next ones count from it.
-        steps: of the sampler.
-        guidance_scale: scale of classifier-free guidance; 1 is none.
+        prompts: what to sample; none takes captions of held-out images (or of training images).
+        every_n_steps: steps between grids; 0 turns them off.
+        seed: of the first prompt; each next prompt adds 1.
+        steps: inference steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
-        weights: of the LoRA, a row of images for each; 0 is the base, 1 the LoRA as trained.
+        weights: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class SampleGrid(L.Callback):
         self.weights = tuple(weights)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
-        self._drawn_at, self._first = -1, True
-        self._base: Tensor | None = None  # the base's drawings, which do not change
+        self._sampled_at, self._first = -1, True
+        self._base: Tensor | None = None  # the base's samples, which do not change
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse weights that cannot be drawn."""
+        """Refuse LoRA scales that cannot be applied."""
         if self.every_n_steps and self.weights != (1.0,):
             check_weights(pl_module, self.weights)
 
@@ -68,20 +68,20 @@ class SampleGrid(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_n_steps:
-            self._draw(trainer, pl_module)
+            self._sample(trainer, pl_module)
 
     def _maybe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._draw(trainer, pl_module)
+            self._sample(trainer, pl_module)
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         family = getattr(pl_module, "family", None)
         step = trainer.global_step
-        if not isinstance(family, Family) or not draws(trainer) or step == self._drawn_at:
+        if not isinstance(family, Family) or not draws(trainer) or step == self._sampled_at:
             return
         if step == 0 and not self.prompts:  # before the first step only what the recipe itself asks for
             return
-        self._drawn_at = step
+        self._sampled_at = step
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
             batches = len(range(0, len(prompts), trainer.datamodule.batch_size))  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
-        images = [[to_image(one) for one in row] for row in rows]
+        images = [[to_image(pixels) for pixels in row] for row in rows]
         if len(rows) == 1:
             sheet = captioned(images[0], prompts, cell=cell)
         else:

@@ -80,8 +80,8 @@ class Export(L.Callback):
             UserError: the format cannot hold the adapter, or nothing is written between.
         """
         if stage == "fit" and self.every_n_steps and not getattr(pl_module, "saves_between_steps", False):
-            told = f"only a LoRA is written before the end, and the model is {type(pl_module).__name__}"
-            raise UserError(f"export.every_n_steps is {self.every_n_steps}: {told}; set export.every_n_steps: 0")
+            reason = f"only a LoRA is written before the end, and the model is {type(pl_module).__name__}"
+            raise UserError(f"export.every_n_steps is {self.every_n_steps}: {reason}; set export.every_n_steps: 0")
         if (adapter := getattr(pl_module, "lora", None)) is not None:
             check_format(self.format, adapter.type)
 
