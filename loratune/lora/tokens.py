@@ -72,7 +72,8 @@ def check_new(new: NewToken, tokenizer: Any) -> None:
     ids = tokenizer(new.placeholder_token, add_special_tokens=False).input_ids
     if len(ids) < 2 or any(name in known for name in new.names):
         raise ValueError(
-            f"tokens.placeholder_token {new.placeholder_token!r} is in the base's vocabulary; give a new one, such as '<my-cat>'"
+            f"tokens.placeholder_token {new.placeholder_token!r} is in the base's vocabulary; "
+            "give a new one, such as '<my-cat>'"
         )
     _initial_ids(new, tokenizer)
 
