@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class LoRAModule(DiffusionModule):
             self._text_family("prompts").prompts = prompts
         components = self.family.components()
         encoded = tuple(name for name in components if name.startswith("text_encoder"))
+        if next(self.family.network.parameters()).is_meta:  # pissa and olora need numbers
+            lora = replace(lora, init="kaiming")
         memory.hold(self.family, ("unet", *(encoded if lora.text_encoder else ())))
         if lora.targets != "none":
             inject(self.family.network, lora, lora.pattern)

@@ -285,7 +285,7 @@ def test_sdxls_rows_of_both_encoders_are_trained(tiny_sdxl: Path) -> None:
 
 
 def test_a_token_alone_is_trained_saved_and_drawn_with(recipe: Path, tiny_base: Path, tmp_path: Path) -> None:
-    from loratune.recipe.parse import run
+    from loratune.recipe.run import run
 
     words = ["--model.lora.targets", "none", "--export.dtype", "float32", *TOKEN]
     cli = run(["-c", str(recipe), *words], execute=False)
