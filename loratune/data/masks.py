@@ -59,11 +59,11 @@ class Masks:
             return None
         try:
             data = file.read_bytes()
-            found = upright_size(data)
+            own = upright_size(data)
         except OSError as error:
             raise UserError(f"{file}: this mask is unreadable ({error}); mend or remove it") from None
-        if found != size:
-            sizes = f"{found[0]} x {found[1]} and {size[0]} x {size[1]} pixels"
+        if own != size:
+            sizes = f"{own[0]} x {own[1]} and {size[0]} x {size[1]} pixels"
             raise UserError(f"{file}: this mask and its image {sample.name} differ in size ({sizes}); make them alike")
         return data
 

@@ -40,14 +40,15 @@ def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> 
 
 
 def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:
-    """Draw and save them; a device without the memory for it loses them, and not the run."""
+    """Draw and save them; whatever fails at it, such as a device without the memory, loses them and not the run."""
     try:
         with evaluating(trainer, module):
-            made = figures(family, getattr(trainer, "datamodule", None), seed)
-            for name, image in made.items() if trainer.is_global_zero else ():
+            images = figures(family, getattr(trainer, "datamodule", None), seed)
+            for name, image in images.items() if trainer.is_global_zero else ():
                 save_figure(trainer, image, name, f"figures/{name}")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.warning("figures: not drawn (%s); set evaluation.figures: false", reason)
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
     steps = evenly(len(family.noise_schedule), SHOWN)
     noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
     states = forward_states(x_0, noise, family.noise_schedule.at, steps)
-    made = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
+    images = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
     estimates: list[Tensor] = []
 
     def keep(done: int, estimate: Tensor) -> None:
@@ -82,14 +83,14 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
         with recorded(family.network) as maps:
             end = drawn()
         words = _words(family, caption, maps, _decoded(family, end)[0], end.shape[-1])
-        made |= {"words": words} if words else {}
+        images |= {"words": words} if words else {}
     else:
         end = drawn()
     if estimates:
         kept = evenly(len(estimates), SHOWN)
         shown = _decoded(family, [estimates[at] for at in kept])
-        made["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
-    return made
+        images["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
+    return images
 
 
 def telling(captions: Sequence[str]) -> int:
@@ -100,7 +101,7 @@ def telling(captions: Sequence[str]) -> int:
 
 def _decoded(family: Family, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
     # One at a time: a VAE's memory for one image is known to be there.
-    return [to_image(family.decode(one[None]).clamp(-1, 1)[0]) for one in latents]
+    return [to_image(family.decode(latent[None]).clamp(-1, 1)[0]) for latent in latents]
 
 
 def _words(family: StableDiffusion, caption: str, maps: Maps, image: Image.Image, side: int) -> Image.Image | None:
@@ -113,5 +114,5 @@ def _words(family: StableDiffusion, caption: str, maps: Maps, image: Image.Image
         return None
     seen = shares(maps.tokens(side), words)
     names = ["the image", *(word for word, _ in words[:MOST_WORDS])]
-    images = [image, *(heat(image, one) for one in seen[:MOST_WORDS])]
+    images = [image, *(heat(image, share) for share in seen[:MOST_WORDS])]
     return captioned(images, names, ACROSS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,15 +18,12 @@ from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.errors import UserError
 from loratune.families.family import Family
-from loratune.families.sampling import sample_latents
 from loratune.formats.images import normalise
 from loratune.lora.inject import adapted_layers, canonical, factors
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
 from loratune.training.randomness import generator
-
-DRAW_STEPS, GUIDANCE = 10, 4.0  # of the images of neutral prompts
 
 
 class Chunk(NamedTuple):
@@ -83,8 +80,10 @@ def gap(adapted: Tensor, base: Tensor) -> Gap:
 
 def drift(adapted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     """Relative squared difference of two networks' outputs: sum |f - f_0|^2 / sum |f_0|^2; 0 where they are alike."""
-    moved = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(adapted, base, strict=True))
-    return moved / max(sum(float(one.double().square().sum()) for one in base), 1e-30)
+    moved = sum(
+        float((output.double() - other.double()).square().sum()) for output, other in zip(adapted, base, strict=True)
+    )
+    return moved / max(sum(float(output.double().square().sum()) for output in base), 1e-30)
 
 
 def levels(steps: int, count: int) -> list[int]:
@@ -111,9 +110,9 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
         sample = rows[index]
         shapes.setdefault(tuple(sample["mean" if "mean" in sample else "pixels"].shape), []).append((number, sample))
     chunks = []
-    for held in shapes.values():
-        for start in range(0, len(held), size):
-            part = held[start : start + size]
+    for alike in shapes.values():
+        for start in range(0, len(alike), size):
+            part = alike[start : start + size]
             batch = _encoded(family, collate([sample for _, sample in part]))
             chunks.append(Chunk([number for number, _ in part], family.x_0(batch, None).cpu(), batch))
     return chunks
@@ -124,48 +123,61 @@ def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
     if family.batch_kind != "latents" or "mean" in batch:
         return batch
     with torch.no_grad():
-        made = family.encode_images(normalise(batch["pixels"]).to(family.device))
+        encoded = family.encode_images(normalise(batch["pixels"]).to(family.device))
     kept = {name: value for name, value in batch.items() if name != "pixels"}
-    return kept | {name: value.cpu() for name, value in made.items()}
+    return kept | {name: value.cpu() for name, value in encoded.items()}
 
 
-def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
-    """Images that the base itself draws for prompts, as chunks; the adapter has to be off."""
-    family, chunks = module.family, []
-    for start in range(0, len(prompts), size):
-        part = list(prompts[start : start + size])
-        numbers = list(range(start, start + len(part)))
-        x_0 = sample_latents(family, part, [seed + i for i in numbers], side, side, DRAW_STEPS, GUIDANCE)
-        batch: dict[str, Any] = {"name": part, "caption": part}
+def neutral_chunks(module: DiffusionModule, rows: Any, prompts: Sequence[str], size: int) -> list[Chunk]:
+    """The first of a data set's images under prompts that are not theirs, as chunks; no image is sampled for it.
+
+    Args:
+        module: whose text encoders read the prompts.
+        rows: samples by their index; where they are fewer than the prompts, the last prompts are left out.
+        prompts: one for each image.
+        size: of a chunk.
+    """
+    chunks = []
+    for chunk in fixed_chunks(module.family, rows, len(prompts), size):
+        texts = [prompts[number] for number in chunk.numbers]
+        batch = {**chunk.batch, "name": texts, "caption": texts}
         if module.text_is_frozen:
-            batch["condition"] = {name: value.cpu() for name, value in family.encode_prompts(part).items()}
-        chunks.append(Chunk(numbers, x_0.cpu(), batch))
+            batch["condition"] = {name: value.cpu() for name, value in module.family.encode_prompts(texts).items()}
+        chunks.append(chunk._replace(batch=batch))
     return chunks
 
 
 @torch.no_grad()
 def outputs(
-    module: DiffusionModule, chunks: Sequence[Chunk], name: str, count: int, seed: int, keep: bool = False
+    module: DiffusionModule,
+    chunks: Sequence[Chunk],
+    name: str,
+    count: int,
+    seed: int,
+    keep: bool = False,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Outputs:
     """What the network, as it stands, makes of images at `count` fixed steps and fixed noise.
 
     The noise follows from the set's name, the image's number, the step's and the seed: no generator is moved.
+    `on_pass` is called after each pass through the network, of which there are `count` for a chunk.
     """
     family, device = module.family, module.device
     losses = torch.zeros(sum(len(chunk.numbers) for chunk in chunks), count, dtype=torch.float64)
     kept: list[Tensor] = []
     for chunk in chunks:
         batch = move_data_to_device(chunk.batch, device)
-        x_0, told = chunk.x_0.to(device), module._condition(batch, None)
+        x_0, condition = chunk.x_0.to(device), module._condition(batch, None)
         if "sizes" in batch:
-            told = {**told, "sizes": batch["sizes"]}
+            condition = {**condition, "sizes": batch["sizes"]}
         for part, step in enumerate(levels(len(family.noise_schedule), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
             a, b = family.noise_schedule.at(t, x_0)
-            output = family.denoise(diffuse(x_0, noise, a, b), family.noise_schedule.time(t), told)
+            output = family.denoise(diffuse(x_0, noise, a, b), family.noise_schedule.time(t), condition)
             error = weighted_error(output, target(family.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
             losses[chunk.numbers, part] = error.double().cpu()
+            on_pass()
             if keep:
                 kept.append(output.float().cpu())
     return Outputs(losses, kept)
@@ -197,10 +209,10 @@ def base_alone(module: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for component, part in module.family.components().items():
             for name, layer in adapted_layers(part).items():
-                if held := start.get(f"{component}.{canonical(component, name)}"):
+                if initial := start.get(f"{component}.{canonical(component, name)}"):
                     own = factors(layer)
-                    stack.enter_context(_holding(own["down"], held[0]))
-                    stack.enter_context(_holding(own["up"], held[1]))
+                    stack.enter_context(_holding(own["down"], initial[0]))
+                    stack.enter_context(_holding(own["up"], initial[1]))
                 else:
                     stack.enter_context(_off(layer))
         rows, first = getattr(module, "_rows", []), getattr(module, "_first_rows", [])
@@ -240,8 +252,8 @@ def check_weights(module: Any, weights: Sequence[float]) -> None:
             raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
         return
     if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
-        told = "with lora.init pissa and olora only 0 and 1 can be drawn"
-        raise UserError(f"samples.weights has {odd[0]:g}: {told}; change either")
+        reason = "with lora.init pissa and olora only 0 and 1 can be drawn"
+        raise UserError(f"samples.weights has {odd[0]:g}: {reason}; change either")
 
 
 @contextmanager
@@ -257,13 +269,13 @@ def weighted(module: Any, weight: float) -> Iterator[None]:
             yield
         return
     layers = [layer for part in _parts(module) for layer in adapted_layers(part).values()]
-    held = [dict(layer.scaling) for layer in layers]
+    scalings = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
             layer.scaling.update({name: weight * scale for name, scale in layer.scaling.items()})
         yield
     finally:
-        for layer, scaling in zip(layers, held, strict=True):
+        for layer, scaling in zip(layers, scalings, strict=True):
             layer.scaling.update(scaling)
 
 
@@ -274,8 +286,8 @@ def _parts(module: Any) -> Sequence[nn.Module]:
 
 def rise(now: Tensor, best: Tensor) -> Gap | None:
     """How far losses (n, k) are above those of an earlier step: None where it is within two standard errors."""
-    found = gap(now, best)
-    return found if found.mean > 2 * found.error else None  # False for nan
+    difference = gap(now, best)
+    return difference if difference.mean > 2 * difference.error else None  # False for nan
 
 
 @dataclass(frozen=True)
@@ -296,9 +308,13 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """As they are logged; what is not a number is left out."""
-        found: dict[str, float] = {}
-        for name, one in self.gaps.items():
-            found |= {f"{name}/gap": one.mean, f"{name}/gap_se": one.error, f"{name}/loss": one.adapted}
-        found |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
-        found["drift"] = self.drift
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics: dict[str, float] = {}
+        for name, estimate in self.gaps.items():
+            metrics |= {
+                f"{name}/gap": estimate.mean,
+                f"{name}/gap_se": estimate.error,
+                f"{name}/loss": estimate.adapted,
+            }
+        metrics |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
+        metrics["drift"] = self.drift
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}

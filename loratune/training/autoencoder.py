@@ -52,7 +52,7 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: weight of the mean KL per latent element against the mean error per pixel.
         detail_weight: weight of the Laplacian-pyramid term that keeps edges sharp.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
+        lr_schedule: the learning rate over the run.
     """
 
     batch_kind = "pixels"

@@ -38,7 +38,7 @@ class ContrastiveModule(L.LightningModule):
         width: of both towers.
         layers: depth of both towers.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
+        lr_schedule: the learning rate over the run.
     """
 
     batch_kind = "pixels"
@@ -81,10 +81,10 @@ class ContrastiveModule(L.LightningModule):
 
     def text_encoder(self) -> CLIPTextModel:
         """The text tower alone, as Stable Diffusion takes it."""
-        made = CLIPTextModel(self.clip.config.text_config)
-        held = canonical_keys("text_encoder", self.clip.text_model.state_dict())
-        made.load_state_dict(module_text_keys(held, made.state_dict().keys()))
-        return made
+        encoder = CLIPTextModel(self.clip.config.text_config)
+        weights = canonical_keys("text_encoder", self.clip.text_model.state_dict())
+        encoder.load_state_dict(module_text_keys(weights, encoder.state_dict().keys()))
+        return encoder
 
     def save(self, target: Target) -> list[Path]:
         """Write the text encoder as transformers' folder text_encoder/."""

@@ -35,10 +35,10 @@ class DiffusionModule(L.LightningModule):
     Args:
         base: the model: builtin:NAME, a diffusers folder, a .safetensors file, a hub id, or a Family.
         trainable: components whose weights are trained; the others are frozen.
-        objective: what the loss is.
+        objective: the loss.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
-        memory: how the base is held, and what is traded between memory and time.
+        lr_schedule: the learning rate over the run.
+        memory: options that save memory or time.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class DiffusionModule(L.LightningModule):
             if dropped is None:
                 return self.family.encode_prompts(batch["caption"])
             # Reading `dropped` here would make the host wait for the device.
-            told = self.family.encode_prompts([*batch["caption"], ""])
-            return _where(dropped, {name: value[-1:] for name, value in told.items()}, told)
+            conditions = self.family.encode_prompts([*batch["caption"], ""])
+            return _where(dropped, {name: value[-1:] for name, value in conditions.items()}, conditions)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
@@ -134,15 +134,15 @@ class DiffusionModule(L.LightningModule):
         share = share or Share(0, len(t), len(t))
         shape = (share.total, *self.family.x_0(batch, None).shape[1:])
         x_0 = self.family.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
-        noise, noise_in = (share.cut(one) for one in objective.noise(shape, random))
+        noise, noise_in = (share.cut(tensor) for tensor in objective.noise(shape, random))
         drawn = torch.rand(share.total, generator=random, device=self.device)
         dropped = share.cut(drawn) < objective.caption_dropout
-        told = self._condition(batch, dropped if objective.caption_dropout else None)
+        condition = self._condition(batch, dropped if objective.caption_dropout else None)
         if "sizes" in batch:
-            told = {**told, "sizes": batch["sizes"]}
+            condition = {**condition, "sizes": batch["sizes"]}
         schedule = self.family.noise_schedule
         a, b = schedule.at(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), told)
+        output = self.family.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), condition)
         return weighted_error(
             output,
             target(self.family.prediction, x_0, noise, a, b),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,17 @@ from loratune.training.sharding import shard
 
 
 class LoRAModule(DiffusionModule):
-    """Teach a base a style: W_0 is frozen, B A beside it is trained; at step 0 it equals the base.
+    """Train a LoRA: W_0 is frozen, B A beside it is trained; at step 0 it equals the base.
 
     Args:
         base: the model: builtin:NAME, a diffusers folder, a .safetensors file, a hub id, or a Family.
-        lora: rank, alpha, dropout and targets.
-        objective: what the loss is.
+        lora: type, rank, alpha, targets and the like of the adapter.
+        objective: the loss.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
-        tokens: a new word that is learned too (textual inversion, Gal 2022); with lora.targets none it alone is.
-        prompts: how captions become what the text encoders read.
-        memory: how the frozen base is held, and what is traded between memory and time.
+        lr_schedule: the learning rate over the run.
+        tokens: a new token that is learned too (textual inversion, Gal 2022); alone with lora.targets: none.
+        prompts: how captions are encoded: long ones, and words with weights.
+        memory: options that save memory or time.
     """
 
     saves_between_steps = True
@@ -70,6 +71,8 @@ class LoRAModule(DiffusionModule):
             self._text_family("prompts").prompts = prompts
         components = self.family.components()
         encoded = tuple(name for name in components if name.startswith("text_encoder"))
+        if next(self.family.network.parameters()).is_meta:  # pissa and olora need numbers
+            lora = replace(lora, init="kaiming")
         memory.hold(self.family, ("unet", *(encoded if lora.text_encoder else ())))
         if lora.targets != "none":
             inject(self.family.network, lora, lora.pattern)
@@ -120,9 +123,13 @@ class LoRAModule(DiffusionModule):
         """Refuse data in which the new token never occurs: it would be trained on nothing."""
         entries = getattr(getattr(getattr(self.trainer, "datamodule", None), "training", None), "entries", None)
         captions = [" ".join(entry.captions) for entry in entries or ()]
-        if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
-            told = f"{self.tokens.token!r} is in none of {len(captions)} captions"
-            raise UserError(f"tokens.token: {told}; write it there, or set data.caption_prefix")
+        if (
+            self.tokens
+            and captions
+            and not any(self.tokens.placeholder_token.lower() in text.lower() for text in captions)
+        ):
+            fault = f"{self.tokens.placeholder_token!r} is in none of {len(captions)} captions"
+            raise UserError(f"tokens.placeholder_token: {fault}; write it there, or set data.caption_prefix")
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
@@ -146,7 +153,7 @@ class LoRAModule(DiffusionModule):
             verify(written[-1], layers, target.format, target.dtype)
         if self.tokens is not None:
             written.append(target.path("learned_embeds"))
-            write_embedding(written[-1], Embedding(self.tokens.token, rows), target.dtype, facts)
+            write_embedding(written[-1], Embedding(self.tokens.placeholder_token, rows), target.dtype, facts)
         return written
 
     def configure_optimizers(self) -> Any:

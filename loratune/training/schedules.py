@@ -21,14 +21,14 @@ FUSED_ON = ("cuda",)
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The learning rate as a fraction of the optimizer's own, by step.
+    """The learning rate by step, as a fraction of the optimizer's own.
 
     Args:
         name: constant, linear, cosine, cosine_with_restarts or polynomial, after the warm-up.
-        warmup_steps: steps over which the rate grows linearly from zero.
-        num_cycles: for cosine_with_restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
-        power: for polynomial: of 1 - the part of the run that is done.
-        min_lr_ratio: the fraction that all but constant end at, in [0, 1).
+        warmup_steps: steps over which the learning rate grows linearly from zero.
+        num_cycles: for cosine_with_restarts: how often the cosine restarts (Loshchilov 2017), 2 or more.
+        power: for polynomial: of 1 - the share of the run that is done.
+        min_lr_ratio: the lowest learning rate over the optimizer's own, in [0, 1); not for constant.
     """
 
     name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
@@ -87,15 +87,15 @@ def optimizer_and_schedule(
 
     A group of parameters may have a `factor`, by which its learning rate is multiplied.
     """
-    made = optimizer(parameters)
-    for group in made.param_groups:
+    built = optimizer(parameters)
+    for group in built.param_groups:
         group["lr"] = group["lr"] * group.get("factor", 1.0)
-    fuse(made)
+    fuse(built)
     trainer = module.trainer
     if schedule.name != "constant" and trainer.max_steps == trainer.max_epochs == -1:
         raise UserError(f"the learning rate is {schedule.name}, and the run has no length; set trainer.max_steps")
-    scheduler = BySteps(made, schedule, lambda: trainer.estimated_stepping_batches)
-    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
+    scheduler = BySteps(built, schedule, lambda: trainer.estimated_stepping_batches)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
 
 
 class BySteps(torch.optim.lr_scheduler.LambdaLR):
@@ -149,22 +149,30 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
 
 def switching(trainer: L.Trainer) -> list[Any]:
     """Optimizers that train other weights than they evaluate, and say so by `train` and `eval` (Defazio 2024)."""
-    return [one for one in getattr(trainer, "optimizers", []) if hasattr(one, "train") and hasattr(one, "eval")]
+    return [
+        optimizer
+        for optimizer in getattr(trainer, "optimizers", [])
+        if hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+    ]
 
 
 @contextmanager
 def evaluated(trainer: L.Trainer) -> Iterator[None]:
     """Within it the weights are those that the optimizer evaluates; after it they are to the bit what they were."""
-    held = [one for one in switching(trainer) if any(group.get("train_mode") for group in one.param_groups)]
-    trained = [p for one in held for group in one.param_groups for p in group["params"]]
+    optimizers = [
+        optimizer
+        for optimizer in switching(trainer)
+        if any(group.get("train_mode") for group in optimizer.param_groups)
+    ]
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     kept = [p.detach().clone() for p in trained]
-    for one in held:
-        one.eval()
+    for optimizer in optimizers:
+        optimizer.eval()
     try:
         yield
     finally:
-        for one in held:
-            one.train()
+        for optimizer in optimizers:
+            optimizer.train()
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
@@ -177,8 +185,8 @@ class EvaluationWeights(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for one in switching(trainer):
-            one.train()
+        for optimizer in switching(trainer):
+            optimizer.train()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation = evaluated(trainer)

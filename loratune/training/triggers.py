@@ -23,12 +23,12 @@ def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | 
     """
     room = WINDOW * prompts.chunks
     for place, prefix in _prefixes(data, "data"):
-        new = 0 if token is None else token.vectors * prefix.lower().count(token.token.lower())
+        new = 0 if token is None else token.num_vectors * prefix.lower().count(token.placeholder_token.lower())
         if len(prefix.encode()) + new <= room:
             continue  # a token has at least one byte, and reading the tokenizer takes a second
         if (count := counter(prompts, token)(prefix)) > room:
-            told = f"{place} is {count} tokens, and a prompt holds {room}"
-            raise ValueError(f"{told}; shorten it, or set model.prompts.chunks above {prompts.chunks}")
+            fault = f"{place} is {count} tokens, and a prompt holds {room}"
+            raise ValueError(f"{fault}; shorten it, or set model.prompts.chunks above {prompts.chunks}")
 
 
 def _prefixes(tree: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -42,7 +42,7 @@ def test_training_is_the_same_bytes_with_and_without(recipe: Path, tmp_path: Pat
 def test_what_is_logged_and_when(recipe: Path, tmp_path: Path) -> None:
     assert fit(recipe, *ON, "--trainer.max_steps", "7") == 0
     logged = found(tmp_path / "run")
-    for name in ("held_out", "training", "neutral"):
+    for name in ("held_out", "training"):
         assert logged[f"{name}/gap"][0] == (0, 0.0)
         # The start, two epochs of three steps (Lightning counts a validation to the step before), the end.
         assert [step for step, _ in logged[f"{name}/gap"]] == [0, 2, 5, 7]
@@ -142,7 +142,7 @@ def test_learning_by_heart_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
 
     at(10, 1.0, 1.0)
     at(20, 0.8, 0.9)
-    at(30, 0.9, 0.95)  # both rose: too high a rate, not learning by heart
+    at(30, 0.9, 0.95)  # both rose: too high a rate, not overfitting
     assert not caplog.text
     at(40, 0.9, 0.7)
     at(50, 1.0, 0.6)

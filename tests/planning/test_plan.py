@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loratune.cli.main import main
+from loratune.cli.verbs.plan import duration
 from loratune.errors import UserError
 from loratune.families.architectures import architectures
 from loratune.families.load import load_family, without_weights
@@ -17,8 +18,8 @@ from loratune.families.save import write_settings
 from loratune.lora.inject import LoRA
 from loratune.planning.calibrate import firsts, matrix_rate
 from loratune.planning.footprint import Rules, imagine, state_bytes, step, weight_bytes
-from loratune.planning.plan import duration, make_plan, parse_memory, size_text
-from loratune.recipe.parse import run as run_recipe
+from loratune.planning.plan import make_plan, parse_memory, size_text
+from loratune.recipe.run import run as run_recipe
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import Memory
 
@@ -263,18 +264,18 @@ def test_what_a_plan_prints(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_drawing_is_planned_where_something_is_drawn(recipe: Path) -> None:
-    assert make_plan(recipe, gpu=False).drawing == 0
+    assert make_plan(recipe, gpu=False).sampling == 0
     compared = make_plan(recipe, gpu=False, words=["--evaluation.every_n_steps", "2"])
     drawn = make_plan(recipe, gpu=False, words=["--samples.every_n_steps", "2"])
-    assert 0 < compared.drawing <= drawn.drawing
-    assert drawn.drawing > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
+    assert 0 < compared.sampling <= drawn.sampling
+    assert drawn.sampling > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
 
 
 def test_a_large_image_is_decoded_in_more_memory_than_it_is_encoded_in(sdxl: Path) -> None:
     words = ["--trainer.precision", "bf16-mixed", "--samples.every_n_steps", "100"]
     made = make_plan(sdxl, gpu=True, words=words)
-    assert made.drawing > made.encoding > 0
-    assert made.peak == max(made.training, made.drawing)
+    assert made.sampling > made.encoding > 0
+    assert made.peak == max(made.training, made.sampling)
 
 
 def test_a_rate_is_of_this_device() -> None:

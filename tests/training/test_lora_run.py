@@ -24,7 +24,7 @@ from loratune.lora.kinds.lokr import LoKrLayer
 from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.lora.verify import verify
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.run import run as run_recipe
 from loratune.training.lora_module import LoRAModule
 
 
