@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 
+from loratune.lora.kinds.known import KINDS
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.names import known_layers
 from loratune.lora.tables.adapter import ADAPTER
 from loratune.lora.tables.cloneofsimo import CLONEOFSIMO
@@ -27,14 +29,15 @@ def writable() -> list[str]:
 
 
 @cache
-def _ends(tables: tuple[Table, ...]) -> tuple[tuple[str, Part], ...]:
+def _ends(tables: tuple[Table, ...], kinds: tuple[type[LowRank], ...]) -> tuple[tuple[str, Part], ...]:
+    """What a tensor is, by the end of its key, the longest first."""
     every = {end: part for table in reversed(tables) for end, part in table.ends().items()}
     return tuple(sorted(every.items(), key=lambda item: -len(item[0])))
 
 
 def split(key: str) -> tuple[str, str, Part] | None:
     """A key's layer as the file names it, its suffix, and which tensor that is; None for a key of no layer."""
-    for end, part in _ends(tuple(TABLES.values())):
+    for end, part in _ends(tuple(TABLES.values()), tuple(KINDS.values())):
         if key.endswith(end):
             return key.removesuffix(end), end, part
     return None
