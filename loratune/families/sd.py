@@ -140,7 +140,7 @@ class StableDiffusion(Family):
 
     def joined(self, states: Tensor, made: Windows) -> Condition:
         """The states of windows (M, 77, d), weighed and side by side as the network is told them."""
-        if self.prompts.weights:
+        if self.prompts.weighting:
             states = weigh(states, made.weights)
         chunks = self.prompts.chunks
         told = {"text": join(states, made.counts, chunks)}
