@@ -137,6 +137,7 @@ trainer:
   default_root_dir: {out}
   max_steps: {steps}
   accelerator: cpu
+  precision: 32-true
   enable_progress_bar: false
   enable_model_summary: false
   log_every_n_steps: 1
@@ -148,10 +149,10 @@ model:
     init_args: {{lr: 1.0e-2}}
 data:
   path: {data}
-  size: 16
+  resolution: 16
   batch_size: 4
   validation_percent: 25
-  cache: {cache}
+  cache_dir: {cache}
 samples:
   every_n_steps: 0
 evaluation:

@@ -39,7 +39,7 @@ def quickstart(recipe: Path, out: Path, weight: float) -> None:
     started = time.perf_counter()
     _clear(out)
     settings: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    base, data, size = settings["model"]["base"], Path(settings["data"]["path"]), settings["data"]["size"]
+    base, data, size = settings["model"]["base"], Path(settings["data"]["path"]), settings["data"]["resolution"]
     run(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(out)])
     trained = time.perf_counter()
     lora, merged = out / "lora.safetensors", out / "merged.safetensors"

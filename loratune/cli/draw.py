@@ -12,7 +12,7 @@ from torch import Tensor
 from loratune.errors import UserError
 from loratune.evaluation.grids import grid
 from loratune.families.prompts import Prompts, parse_weights
-from loratune.families.sampling import draw, make_sampler
+from loratune.families.sampling import make_scheduler, sample_images
 from loratune.families.sd import StableDiffusion
 from loratune.formats.images import to_image
 from loratune.lora.load import load_with
@@ -29,7 +29,7 @@ def sample(
     prompts: Sequence[str],
     out: Path,
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     sampler: str,
     seed: int,
     count: int,
@@ -53,14 +53,14 @@ def sample(
         parse_weights(prompt)
     family = load_with(base, lora, device, embedding)
     family.prompts = told
-    make_sampler(sampler, family.scheduler_config)
+    make_scheduler(sampler, family.scheduler_config)
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
     side = size or own_size(family)
     drawn: list[Tensor] = []
     parts = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
     for part in track(parts, description="drawing", transient=True):
         texts, seeds = [prompt for prompt, _ in part], [one for _, one in part]
-        drawn.extend(draw(family, texts, seeds, side, side, steps, guidance, sampler).cpu())
+        drawn.extend(sample_images(family, texts, seeds, side, side, steps, guidance_scale, sampler).cpu())
     out.mkdir(parents=True, exist_ok=True)
     images = [to_image(pixels) for pixels in drawn]
     for number, (image, (prompt, one)) in enumerate(zip(images, wanted, strict=True)):

@@ -34,7 +34,7 @@ def data(recipe: Path, json: Path | None, words: Sequence[str] = ()) -> bool:
         images.batch_size * cli.trainer.world_size,
         counter(prompts, token),
         WINDOW * prompts.chunks,
-        images.workers,
+        images.num_workers,
         lambda looks: track(looks, total=len(images.collection), description="looking", transient=True),
     )
     print("\n".join(lines_of(str(recipe), found)))
@@ -79,7 +79,7 @@ def cache(recipe: Path, words: Sequence[str] = ()) -> None:
     cli = run_recipe(["-c", str(recipe), *words], execute=False)
     images: CaptionedImages = cli.datamodule
     model: Any = cli.model
-    if getattr(model, "batch_kind", "") != "latents" or images.on_the_fly:
+    if getattr(model, "batch_kind", "") != "latents" or not images.cache_latents:
         raise UserError(f"{recipe}: nothing of it is cached: its images are used as pixels in each step")
     started, trainer = time.perf_counter(), cli.trainer
     trainer.strategy.connect(model)
@@ -89,9 +89,9 @@ def cache(recipe: Path, words: Sequence[str] = ()) -> None:
     if not trainer.is_global_zero:
         return
     seconds, every = time.perf_counter() - started, len(images.collection)
-    size = sum(file.stat().st_size for file in images.cache.expanduser().rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in images.cache_dir.expanduser().rglob("*.safetensors"))
     new = images.encoded
     speed = f", {new / seconds:.1f} images/s" if new else ""
     print(f"{every} images: {new} encoded now, {every - new - len(images.unreadable)} were there, ", end="")
     print(f"{len(images.unreadable)} unreadable; {seconds:.1f} s{speed}")
-    print(f"{images.cache} holds {size_text(size)}, of all runs together")
+    print(f"{images.cache_dir} holds {size_text(size)}, of all runs together")

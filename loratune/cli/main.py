@@ -25,7 +25,7 @@ def sample(
     prompts: Path | None = None,
     out: Path = Path("samples"),
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance_scale: float = 4.0,
     sampler: str = "ddim",
     seed: int = 0,
     count: int = 1,
@@ -46,7 +46,7 @@ def sample(
         prompts: a text file with one prompt a line.
         out: folder for the images.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_scale: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
         seed: of the first image of each prompt; the same seed and prompt give the same image.
         count: images for each prompt, from seed, seed + 1, and so on.
@@ -70,7 +70,7 @@ def sample(
         wanted,
         out,
         steps,
-        guidance,
+        guidance_scale,
         sampler,
         seed,
         count,
@@ -220,7 +220,7 @@ def measure(
     samples: int = 200,
     size: int = 64,
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance_scale: float = 4.0,
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
@@ -239,13 +239,13 @@ def measure(
         samples: how many images to measure.
         size: side in pixels.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance.
         seed: of the samples and of the choice of images.
         out: also write the JSON here.
     """
     from loratune.evaluation.measure import measure as run
 
-    run(base, what, data, lora, style, samples, size, steps, guidance, seed, out)
+    run(base, what, data, lora, style, samples, size, steps, guidance_scale, seed, out)
 
 
 def data(recipe: Path, json: Path | None = None, overrides: Sequence[str] = ()) -> int:
@@ -254,7 +254,7 @@ def data(recipe: Path, json: Path | None = None, overrides: Sequence[str] = ()) 
     Nothing is encoded or written but FILE. The exit code is 1 where something should be mended.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.size 512.
+        recipe: whose images; its keys can be overridden, as in --data.resolution 512.
         json: a file that gets everything that was found.
     """
     from loratune.cli.look import data as look
@@ -266,7 +266,7 @@ def cache(recipe: Path, overrides: Sequence[str] = ()) -> None:
     """Encode a recipe's images and captions into the cache, and stop; what is there already is kept.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.workers 4.
+        recipe: whose images; its keys can be overridden, as in --data.num_workers 4.
     """
     from loratune.cli.look import cache as encode
 
@@ -413,7 +413,7 @@ def _run_verb(verb: Callable[..., int | None], name: str, words: list[str]) -> i
 
 
 def overridden(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without those that override a recipe's keys, such as --data.size 512, and these."""
+    """Words without those that override a recipe's keys, such as --data.resolution 512, and these."""
     rest: list[str] = []
     keys: list[str] = []
     pending = False

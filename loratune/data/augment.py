@@ -27,13 +27,13 @@ class Augment:
     """How training images vary; those of validation never do.
 
     Mirroring and cutting are done to the image, and each variant is encoded once and cached: what a VAE makes of a
-    mirrored image is not its latents mirrored. Colours are continuous, so they need data.on_the_fly.
+    mirrored image is not its latents mirrored. Colours are continuous, so they need data.cache_latents: false.
 
     Args:
         flip: how often an image is mirrored left to right, 0 to 1; not for text, nor for what has a side.
         crops: from how many places, evenly along what does not fit into the bucket, an image may be cut; 1 is the
             middle.
-        brightness: its factor is drawn from 1 - b to 1 + b; needs data.on_the_fly.
+        brightness: its factor is drawn from 1 - b to 1 + b; needs data.cache_latents: false.
         contrast: likewise.
         saturation: likewise.
     """

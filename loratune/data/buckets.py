@@ -54,7 +54,7 @@ class Buckets:
         if not found:
             raise ValueError(
                 f"buckets: no size of at most {area} pixels has sides of {sides.start} to {self.largest} pixels; "
-                "give a larger data.size, or a smaller data.buckets.smallest"
+                "give a larger data.resolution, or a smaller data.buckets.smallest"
             )
         return sorted(found)
 

@@ -51,7 +51,7 @@ class Cache:
             held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             write_safetensors(path, held, {"sha256": tensors_hash(held)}, durable=False)  # checked when read
         except OSError as error:
-            raise UserError(f"data.cache: cannot write to {self.folder}: {error.strerror or error}") from error
+            raise UserError(f"data.cache_dir: cannot write to {self.folder}: {error.strerror or error}") from error
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """An entry, or None where there is none or where its bytes are not those that were written."""

@@ -12,37 +12,39 @@ from typing import Literal
 class Captions:
     """What is told of an image in a step. In validation it is always the first caption as it stands.
 
-    With `shuffle` or `tag_dropout` there are too many captions to encode beforehand: the text encoder is then kept,
-    and encodes those of each batch.
+    With `shuffle_tags` or `tag_dropout` there are too many captions to encode beforehand: the text encoder then
+    stays in memory and encodes those of each batch.
 
     Args:
         lines: each line of a caption is a caption of its own.
         choose: which of an image's captions: a random one each time, or the first.
-        shuffle: bring the tags, which separators part, into a random order each time.
-        keep: so many first tags stay where they are and are not dropped.
+        shuffle_tags: bring the tags, which separators part, into a random order each time.
+        keep_tokens: so many first tags stay where they are and are not dropped.
         tag_dropout: share of the other tags that is left out each time, from 0 to below 1.
         separator: what parts tags.
     """
 
     lines: bool = False
     choose: Literal["random", "first"] = "random"
-    shuffle: bool = False
-    keep: int = 0
+    shuffle_tags: bool = False
+    keep_tokens: int = 0
     tag_dropout: float = 0.0
     separator: str = ","
 
     def __post_init__(self) -> None:
         if not 0 <= self.tag_dropout < 1:
             raise ValueError(f"captions.tag_dropout is {self.tag_dropout}; give a share of 0 or more and below 1")
-        if self.keep < 0 or (self.keep and not self.changes_tags):
-            raise ValueError(f"captions.keep is {self.keep}; give 0, or a number above with shuffle or tag_dropout")
+        if self.keep_tokens < 0 or (self.keep_tokens and not self.changes_tags):
+            raise ValueError(
+                f"captions.keep_tokens is {self.keep_tokens}; give 0, or more with shuffle_tags or tag_dropout"
+            )
         if not self.separator.strip():
             raise ValueError(f"captions.separator is {self.separator!r}; give what parts tags, such as ','")
 
     @property
     def changes_tags(self) -> bool:
         """Whether there are too many captions to encode them all beforehand."""
-        return self.shuffle or self.tag_dropout > 0
+        return self.shuffle_tags or self.tag_dropout > 0
 
     def read(self, written: Sequence[str], prefix: str) -> tuple[str, ...]:
         """An image's captions as written, with the prefix, and as many as are told apart; never none."""
@@ -67,9 +69,9 @@ class Captions:
 
     def _tags(self, text: str, random: Random) -> str:
         tags = [tag.strip() for tag in text.split(self.separator) if tag.strip()]
-        first, rest = tags[: self.keep], tags[self.keep :]
+        first, rest = tags[: self.keep_tokens], tags[self.keep_tokens :]
         if self.tag_dropout:
             rest = [tag for tag in rest if random.random() >= self.tag_dropout]
-        if self.shuffle:
+        if self.shuffle_tags:
             random.shuffle(rest)
         return f"{self.separator} ".join(first + rest)

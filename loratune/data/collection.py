@@ -15,7 +15,7 @@ from loratune.data.buckets import Buckets, Size
 from loratune.data.captions import Captions
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import Masks, digest_of
-from loratune.data.settings import Images
+from loratune.data.settings import SourceConfig
 from loratune.data.sources import Sample, Source
 
 
@@ -34,7 +34,7 @@ class Collection:
         split_by: what decides it.
     """
 
-    settings: Sequence[Images]
+    settings: Sequence[SourceConfig]
     sources: Sequence[Source]
     size: int
     buckets: Buckets | None = None
@@ -78,11 +78,11 @@ class Collection:
             source=source,
             index=index,
             name=Path(sample.name).name,
-            captions=self.captions.read(sample.captions, told.prefix),
+            captions=self.captions.read(sample.captions, told.caption_prefix),
             digest=hashlib.sha256(sample.data).hexdigest(),
             size=size,
             bucket=self.buckets.fit(size, self.sizes) if self.buckets else self.sizes[0],
-            prefix=told.prefix,
+            prefix=told.caption_prefix,
             loss_weight=told.loss_weight,
             mask=digest_of(masks.read(sample, size)) if masks else "",
         )

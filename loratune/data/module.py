@@ -24,7 +24,7 @@ from loratune.data.encode import Encoder, Looks, pixels_of
 from loratune.data.entries import MIDDLE, Draw, Entry
 from loratune.data.masks import mask_tensor
 from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
-from loratune.data.settings import Images, gathered, left_out
+from loratune.data.settings import SourceConfig, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
 from loratune.errors import UserError
@@ -40,10 +40,10 @@ class CaptionedImages(L.LightningDataModule):
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        size: side of the square that images are brought to, in pixels; with buckets the side of a square of their
+        resolution: side of the square that images are brought to, in pixels; with buckets the side of a square of their
             area.
         batch_size: images in a batch.
-        prefix: put before every caption (a trigger word).
+        caption_prefix: put before every caption (a trigger word).
         validation_percent: share of the images held out for the validation loss, 0 to 50.
         split_by: what the split hashes: the image's bytes, or its caption.
         image_column: the column of images, for parquet, datasets and hub.
@@ -51,57 +51,59 @@ class CaptionedImages(L.LightningDataModule):
         allow_missing_captions: train on images without a caption, as images of nothing in particular.
         strict: look at every image before the run and stop where something cannot be meant: unreadable ones,
             captions that are missing or cut, images that are both trained on and held out, masks that do not fit.
-        cache: folder of encoded images and captions, shared between runs.
-        workers: processes that decode images and load batches.
+        cache_dir: folder of encoded images and captions, shared between runs.
+        num_workers: processes that decode images and load batches.
         sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
         buckets: sizes beside the square, so that images keep about their shape; a batch is of one size. Without it
             the middle square of each image is taken.
         captions: what is told of an image in each step.
         augment: how training images vary.
-        on_the_fly: encode images in each step instead of caching them: slower, and what colour changes need.
+        cache_latents: encode each image once and keep its latents in cache_dir; false encodes it in each step: slower,
+            and what colour changes need.
     """
 
     def __init__(
         self,
         path: str | None = None,
-        size: int = 512,
+        resolution: int = 512,
         batch_size: int = 1,
-        prefix: str = "",
+        caption_prefix: str = "",
         validation_percent: int = 5,
         split_by: Literal["image", "caption"] = "image",
         image_column: str = "image",
         caption_column: str | None = None,
         allow_missing_captions: bool = False,
         strict: bool = False,
-        cache: Path = Path("~/.cache/loratune"),
-        workers: int = 0,
-        sources: list[Images] | None = None,
+        cache_dir: Path = Path("~/.cache/loratune"),
+        num_workers: int = 0,
+        sources: list[SourceConfig] | None = None,
         buckets: Buckets | None = None,
         captions: Captions = Captions(),  # noqa: B008 (frozen)
         augment: Augment = Augment(),  # noqa: B008 (frozen)
-        on_the_fly: bool = False,
+        cache_latents: bool = True,
     ) -> None:
         super().__init__()
         for key, value, least, most in (
-            ("size", size, 8, 8192),
+            ("resolution", resolution, 8, 8192),
             ("batch_size", batch_size, 1, 65536),
             ("validation_percent", validation_percent, 0, 50),
-            ("workers", workers, 0, 1024),
+            ("num_workers", num_workers, 0, 1024),
         ):
             if not least <= value <= most:
                 raise ValueError(f"data.{key} is {value}; give {least} to {most}")
-        if augment.colours and not on_the_fly:
+        if augment.colours and cache_latents:
             colour, far = next(iter(augment.colours.items()))
             told = "colours can only change where images are encoded in each step"
-            raise ValueError(f"data.augment.{colour} is {far}: {told}; set data.on_the_fly: true, or {colour}: 0")
+            raise ValueError(f"data.augment.{colour} is {far}: {told}; set data.cache_latents: false, or {colour}: 0")
         if buckets is not None:
-            buckets.sizes(size**2)  # raises where none fits
-        short = {"prefix": prefix, "image_column": image_column, "caption_column": caption_column}
+            buckets.sizes(resolution**2)  # raises where none fits
+        short = {"caption_prefix": caption_prefix, "image_column": image_column, "caption_column": caption_column}
         self.sources = [one for one in gathered(path, sources, short) if not left_out(one)]
-        self.size, self.batch_size, self.workers, self.cache = size, batch_size, workers, cache
+        self.resolution, self.batch_size, self.num_workers = resolution, batch_size, num_workers
+        self.cache_dir = cache_dir
         self.validation_percent, self.split_by = validation_percent, split_by
         self.allow_missing_captions, self.strict = allow_missing_captions, strict
-        self.buckets, self.captions, self.augment, self.on_the_fly = buckets, captions, augment, on_the_fly
+        self.buckets, self.captions, self.augment, self.cache_latents = buckets, captions, augment, cache_latents
         self.unreadable: list[str] = []
         self.encoded = 0
         self.training: Samples | None = None
@@ -119,7 +121,7 @@ class CaptionedImages(L.LightningDataModule):
             if not len(source):
                 raise UserError(f"{told.path}: holds no images; leave this source out")
         settings = (self.buckets, self.captions, self.augment, self.validation_percent, self.split_by)
-        return Collection(self.sources, opened, self.size, *settings)
+        return Collection(self.sources, opened, self.resolution, *settings)
 
     def check(self, warn: bool = True) -> None:
         """See, by names, captions and the headers of images with masks, that the sources can be trained on.
@@ -179,8 +181,8 @@ class CaptionedImages(L.LightningDataModule):
                 raise UserError(f"{one.path}: no image is left to train on")
         if not any(self.sources[entry.source].role == "training" for entry in training):
             raise UserError(f"{self.sources[0].path}: no image is left to train on")
-        self.training = Samples(training, collection, encoder, self.on_the_fly)
-        self.held_out = Samples(held_out, collection, encoder, self.on_the_fly)
+        self.training = Samples(training, collection, encoder, self.cache_latents)
+        self.held_out = Samples(held_out, collection, encoder, self.cache_latents)
 
     def check_sizes(self, family: Any) -> None:
         """See that a base can be given the recipe's sizes.
@@ -192,17 +194,17 @@ class CaptionedImages(L.LightningDataModule):
             UserError: it cannot; the message names the key.
         """
         try:
-            side = self.size if self.buckets is None else self.buckets.step
+            side = self.resolution if self.buckets is None else self.buckets.step
             family.latent_shape(side, side)
         except UserError as error:
-            key = "size" if self.buckets is None else "buckets.step"
+            key = "resolution" if self.buckets is None else "buckets.step"
             raise UserError(f"data.{key}: {error}; change data.{key}") from None
 
     def _encoder(self, module: Any) -> Encoder:
         assert self.trainer is not None
         self.check_sizes(module.family)
         text = module.text_is_frozen and not self.captions.changes_tags
-        encoder = Encoder(module.family, self.cache, text)
+        encoder = Encoder(module.family, self.cache_dir, text)
         encoder.family.to(self.trainer.strategy.root_device)
         return encoder
 
@@ -211,9 +213,9 @@ class CaptionedImages(L.LightningDataModule):
         assert self.trainer is not None
         rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         numbers = range(rank, len(collection), processes)
-        cached = None if encoder is None or self.on_the_fly else (encoder.cache, encoder.keys)
+        cached = None if encoder is None or not self.cache_latents else (encoder.cache, encoder.keys)
         looks = DataLoader(
-            Looks(collection, numbers, cached), batch_size=None, num_workers=self.workers, collate_fn=_as_it_is
+            Looks(collection, numbers, cached), batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is
         )
         found: list[Entry | tuple[str, str]] = []
         show = {"description": "encoding" if encoder else "reading", "transient": True}
@@ -243,7 +245,7 @@ class CaptionedImages(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Encode images that are not cached, on the run's device."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not self.on_the_fly or module is None or module.batch_kind != "latents":
+        if self.cache_latents or module is None or module.batch_kind != "latents":
             return batch
         with torch.no_grad():
             return batch | module.family.encode_images(normalise(batch["pixels"]))
@@ -289,10 +291,10 @@ class CaptionedImages(L.LightningDataModule):
         return DataLoader(
             rows,
             batch_sampler=batches,
-            num_workers=self.workers,
+            num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            persistent_workers=self.num_workers > 0,
         )
 
 
@@ -311,14 +313,14 @@ class Samples(Dataset[dict[str, Any]]):
         entries: the samples.
         collection: where their images are.
         encoder: reads them from the cache; none gives pixels.
-        on_the_fly: give pixels all the same, which the training encodes.
+        cache_latents: give latents; if false, pixels all the same, which the training encodes.
     """
 
     def __init__(
-        self, entries: list[Entry], collection: Collection, encoder: Encoder | None, on_the_fly: bool = False
+        self, entries: list[Entry], collection: Collection, encoder: Encoder | None, cache_latents: bool = True
     ) -> None:
         self.entries, self.collection, self.encoder = entries, collection, encoder
-        self.cached = encoder is not None and not on_the_fly
+        self.cached = encoder is not None and cache_latents
         self.weighed = any(one.loss_weight != 1 for one in collection.settings)
 
     def __len__(self) -> int:

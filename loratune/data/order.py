@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 from loratune.data.buckets import Size, batch_count, batches
 from loratune.data.entries import Draw, Entry
-from loratune.data.settings import Images
+from loratune.data.settings import SourceConfig
 
 Group = tuple[list[int], int]
 """Indices of entries of one source and one size, and how many images of an epoch are theirs; never fewer."""
@@ -48,7 +48,7 @@ def often_of_weights(weights: Sequence[float], counts: Sequence[int]) -> list[fl
     return [longest * weight / max(1, count) for weight, count in zip(weights, counts, strict=True)]
 
 
-def often(sources: Sequence[Images], counts: Sequence[int]) -> list[float]:
+def often(sources: Sequence[SourceConfig], counts: Sequence[int]) -> list[float]:
     """How often the images of each source come in an epoch.
 
     Args:
@@ -64,7 +64,7 @@ def often(sources: Sequence[Images], counts: Sequence[int]) -> list[float]:
         count * (one.repeats or 1) for one, count in zip(sources, counts, strict=True) if one.role == "training"
     )
     return [
-        others / max(1, count) if one.role == "regularisation" and one.repeats is None else float(one.repeats or 1)
+        others / max(1, count) if one.role == "regularization" and one.repeats is None else float(one.repeats or 1)
         for one, count in zip(sources, counts, strict=True)
     ]
 

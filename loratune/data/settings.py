@@ -8,25 +8,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["training", "validation", "regularisation"]
+Role = Literal["training", "validation", "regularization"]
 
 
 @dataclass(frozen=True)
-class Images:
+class SourceConfig:
     """A source of captioned images.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        role: training; validation, of which all images are held out; or regularisation: images of the class of
+        role: training; validation, of which all images are held out; or regularization: images of the class of
             what is learned, which keep the base from forgetting it (prior preservation, Ruiz 2023). None of them is
             held out.
-        repeats: how often each image comes in an epoch; if it is not given, once, and images for regularisation
+        repeats: how often each image comes in an epoch; if it is not given, once, and images for regularization
             as many as there are others to train on.
         weight: in place of repeats: how large a share of an epoch this source is, beside the weights of the others
             (1 where it is not given); 0 leaves it out. The epoch is as long as it takes for every image to come.
-        prefix: put before every caption (a trigger word).
-        loss_weight: how much the loss of its images counts, 0 to 100; usually 1 or less for regularisation.
+        caption_prefix: put before every caption (a trigger word).
+        loss_weight: how much the loss of its images counts, 0 to 100; usually 1 or less for regularization.
         masks: a folder with images of the same names that are bright where the loss counts and black where it does
             not; an image without one counts whole.
         image_column: the column of images, for parquet, datasets and hub.
@@ -37,7 +37,7 @@ class Images:
     role: Role = "training"
     repeats: int | None = None
     weight: float | None = None
-    prefix: str = ""
+    caption_prefix: str = ""
     loss_weight: float = 1.0
     masks: Path | None = None
     image_column: str = "image"
@@ -60,7 +60,9 @@ class Images:
                 raise ValueError(f"{where}: {names[0]} says nothing of role validation; leave it out")
 
 
-def gathered(path: str | None, sources: Sequence[Images] | None, short: dict[str, Any]) -> tuple[Images, ...]:
+def gathered(
+    path: str | None, sources: Sequence[SourceConfig] | None, short: dict[str, Any]
+) -> tuple[SourceConfig, ...]:
     """The sources of a recipe.
 
     Args:
@@ -74,10 +76,10 @@ def gathered(path: str | None, sources: Sequence[Images] | None, short: dict[str
     if sources is None:
         if path is None:
             raise ValueError("data.path is null; give a folder of captioned images there, or several in data.sources")
-        return (Images(path, **short),)
+        return (SourceConfig(path, **short),)
     if path is not None:
         raise ValueError(f"data.path is {path!r}, and data.sources is given too; move it into data.sources")
-    usual = {field.name: field.default for field in fields(Images)}
+    usual = {field.name: field.default for field in fields(SourceConfig)}
     for key, value in short.items():
         if value != usual[key]:
             raise ValueError(f"data.{key} is {value!r}, but data.sources is given; set {key} in each source")
@@ -85,7 +87,7 @@ def gathered(path: str | None, sources: Sequence[Images] | None, short: dict[str
     return tuple(sources)
 
 
-def _check(sources: Sequence[Images]) -> None:
+def _check(sources: Sequence[SourceConfig]) -> None:
     trained = [one for one in sources if one.role != "validation"]
     if not any(one.role == "training" for one in trained):
         raise ValueError("data.sources: none has role training; give one to train on")
@@ -100,6 +102,6 @@ def _check(sources: Sequence[Images]) -> None:
         raise ValueError("data.sources: loss_weight is 0 for every source, so that nothing is learned; raise one")
 
 
-def left_out(source: Images) -> bool:
+def left_out(source: SourceConfig) -> bool:
     """Whether a source is not even read."""
     return source.weight == 0

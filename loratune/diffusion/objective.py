@@ -53,7 +53,9 @@ def debiased_weight(snr: Tensor, prediction: Prediction) -> Tensor:
     Raises ValueError for flow: its path does not keep a^2 + b^2 = 1.
     """
     if prediction not in _DEBIASED_WEIGHTS:
-        raise ValueError(f"debiased makes no sense for prediction '{prediction}'; set debiased to false")
+        raise ValueError(
+            f"debiased_estimation makes no sense for prediction '{prediction}'; set debiased_estimation to false"
+        )
     return _DEBIASED_WEIGHTS[prediction](snr)
 
 
@@ -66,7 +68,7 @@ def pseudo_huber(error: Tensor, c: Tensor | float) -> Tensor:
     return 2 * c * error.square() / ((error.square() + c**2).sqrt() + c)
 
 
-def huber_c(t: Tensor, a: Tensor, b: Tensor, least: float, schedule: str, steps: int) -> Tensor:
+def scheduled_huber_c(t: Tensor, a: Tensor, b: Tensor, least: float, schedule: str, steps: int) -> Tensor:
     """The c of each step t (Khrapov 2024): large where there is little noise, `least` where there is most.
 
     exponential: least^(t / T), from 1 down; snr: (1 - least) / (1 + b / a)^2 + least; constant: least.

@@ -114,7 +114,7 @@ class Evaluate(L.Callback):
             self._base = self._outputs(pl_module)
         if trainer.global_step == 0 and self._sets:
             # At B = 0 both are the same, exactly.
-            anew = pl_module.lora.start_from is None
+            anew = pl_module.lora.init_from is None
             found = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
             self._send(trainer, found, 0)
 
@@ -143,8 +143,8 @@ class Evaluate(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The figures and the page, when all else is done."""
         family = getattr(pl_module, "family", None)
-        released = getattr(getattr(pl_module, "memory", None), "release", False)
-        if self.figures and isinstance(family, Family) and not released and draws(trainer):
+        unloaded = getattr(getattr(pl_module, "memory", None), "unload_encoders", False)
+        if self.figures and isinstance(family, Family) and not unloaded and draws(trainer):
             draw_figures(trainer, pl_module, family, self.seed)
         self._write(trainer)
 
@@ -157,7 +157,7 @@ class Evaluate(L.Callback):
             if len(rows) and self.images:
                 made[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
         if self.prompts:
-            made[PROMPTS] = drawn_chunks(module, self.prompts, data.size, self.seed, data.batch_size)
+            made[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
         return made
 
     def _outputs(self, module: LoRAModule) -> dict[str, Outputs]:
@@ -241,7 +241,7 @@ class Evaluate(L.Callback):
 
 
 def _own(data: Any) -> Subset[Any]:
-    """The training images that are no regularisation."""
+    """The training images that are no regularization."""
     entries, sources = data.training.entries, data.sources
     return Subset(data.training, [i for i, one in enumerate(entries) if sources[one.source].role == "training"])
 

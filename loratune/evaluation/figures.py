@@ -19,7 +19,7 @@ from loratune.evaluation.grids import captioned
 from loratune.evaluation.paired import evaluating, fixed_chunks
 from loratune.evaluation.strips import evenly, forward_states, heat, strip
 from loratune.families.family import Family
-from loratune.families.sampling import draw_start
+from loratune.families.sampling import sample_latents
 from loratune.families.sd import StableDiffusion
 from loratune.formats.atomic import atomic_path
 from loratune.formats.images import to_image
@@ -81,7 +81,9 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
         estimates.append(estimate[0])
 
     def drawn() -> Tensor:
-        return draw_start(family, [caption], [seed], data.size, data.size, STEPS, GUIDANCE, on_estimate=keep)
+        return sample_latents(
+            family, [caption], [seed], data.resolution, data.resolution, STEPS, GUIDANCE, on_estimate=keep
+        )
 
     if isinstance(family, StableDiffusion):
         with recorded(family.network) as maps:

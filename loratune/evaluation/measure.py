@@ -16,7 +16,7 @@ from loratune.diffusion.objective import psnr
 from loratune.errors import UserError
 from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
 from loratune.families.family import Family
-from loratune.families.sampling import draw
+from loratune.families.sampling import sample_images
 from loratune.families.sd import StableDiffusion
 from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.load import load_with
@@ -33,7 +33,7 @@ def measure(
     samples: int,
     size: int,
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     seed: int,
     out: Path | None,
 ) -> dict[str, Any]:
@@ -42,14 +42,14 @@ def measure(
     if what == "vae":
         found = measure_vae(load_with(base, lora), reals[:samples])
     elif what == "nearest":
-        found = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance, seed)
+        found = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance_scale, seed)
     else:
         if not style or not lora:
             raise UserError("measure style: give --lora FILE and --style DATA too")
         styled, names = read_images(style, size)
         if names != captions:
             raise UserError(f"{style}: its captions are not those of {data}, in the same order")
-        found = measure_style(base, lora, reals, styled, captions, size, steps, guidance, seed)
+        found = measure_style(base, lora, reals, styled, captions, size, steps, guidance_scale, seed)
     print(json.dumps(found, indent=2))
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n")
@@ -73,13 +73,15 @@ def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
 
-def draw_all(family: Family, captions: Sequence[str], size: int, steps: int, guidance: float, seed: int) -> Tensor:
+def draw_all(
+    family: Family, captions: Sequence[str], size: int, steps: int, guidance_scale: float, seed: int
+) -> Tensor:
     """An image for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
     made = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [seed + start + i for i in range(len(part))]
-        made.append(draw(family, part, seeds, size, size, steps, guidance).cpu())
+        made.append(sample_images(family, part, seeds, size, size, steps, guidance_scale).cpu())
     return torch.cat(made)
 
 
@@ -90,15 +92,15 @@ def measure_nearest(
     samples: int,
     size: int,
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     seed: int,
 ) -> dict[str, Any]:
     """The nearest-image rates over samples of captions chosen at random."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
-    made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance, seed)
+    made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
     rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
-    return rates | {"samples": len(chosen), "guidance": guidance, "steps": steps}
+    return rates | {"samples": len(chosen), "guidance_scale": guidance_scale, "steps": steps}
 
 
 def measure_style(
@@ -109,12 +111,12 @@ def measure_style(
     captions: Sequence[str],
     size: int,
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     seed: int,
 ) -> dict[str, Any]:
     """How far a LoRA goes from the base's look to the style's, and whether it still draws the right things."""
-    before = draw_all(load_with(base, []), captions, size, steps, guidance, seed)
-    after = draw_all(load_with(base, lora), captions, size, steps, guidance, seed)
+    before = draw_all(load_with(base, []), captions, size, steps, guidance_scale, seed)
+    after = draw_all(load_with(base, lora), captions, size, steps, guidance_scale, seed)
     return style_numbers(before, after, reals, styled)
 
 

@@ -18,7 +18,7 @@ from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.errors import UserError
 from loratune.families.family import Family
-from loratune.families.sampling import draw_start
+from loratune.families.sampling import sample_latents
 from loratune.formats.images import normalise
 from loratune.lora.inject import adapted_layers, canonical, factors
 from loratune.training.diffusion_module import DiffusionModule
@@ -135,7 +135,7 @@ def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, see
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
         numbers = list(range(start, start + len(part)))
-        x_0 = draw_start(family, part, [seed + i for i in numbers], side, side, DRAW_STEPS, GUIDANCE)
+        x_0 = sample_latents(family, part, [seed + i for i in numbers], side, side, DRAW_STEPS, GUIDANCE)
         batch: dict[str, Any] = {"name": part, "caption": part}
         if module.text_is_frozen:
             batch["condition"] = {name: value.cpu() for name, value in family.encode_prompts(part).items()}

@@ -16,7 +16,7 @@ from loratune.evaluation.figures import save_figure
 from loratune.evaluation.grids import captioned, grid
 from loratune.evaluation.paired import check_weights, evaluating, weighted
 from loratune.families.family import Family
-from loratune.families.sampling import draw
+from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
 from loratune.training.sharding import draws
 
@@ -29,7 +29,7 @@ class SampleGrid(L.Callback):
         every_n_steps: steps between grids; 0 draws none.
         seed: of the first prompt; the next ones count from it.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_scale: scale of classifier-free guidance; 1 is none.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
         weights: of the LoRA, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
@@ -40,7 +40,7 @@ class SampleGrid(L.Callback):
         every_n_steps: int = 250,
         seed: int = 0,
         steps: int = 20,
-        guidance: float = 4.0,
+        guidance_scale: float = 4.0,
         sampler: str = "ddim",
         weights: tuple[float, ...] = (1.0,),
     ) -> None:
@@ -50,7 +50,7 @@ class SampleGrid(L.Callback):
             raise ValueError(f"samples.weights is {list(weights)}; give one number or more, such as [0, 0.5, 1]")
         self.weights = tuple(weights)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
-        self.steps, self.guidance, self.sampler = steps, guidance, sampler
+        self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
         self._drawn_at = -1
         self._base: Tensor | None = None  # the base's drawings, which do not change
 
@@ -100,7 +100,7 @@ class SampleGrid(L.Callback):
     ) -> Tensor:
         if weight == 0 and self._base is not None:
             return self._base
-        size = trainer.datamodule.size  # type: ignore[attr-defined]
+        size = trainer.datamodule.resolution  # type: ignore[attr-defined]
         with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
             most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
             pixels = torch.cat([self._pixels(family, prompts, at, most, size) for at in range(0, len(prompts), most)])
@@ -112,7 +112,7 @@ class SampleGrid(L.Callback):
         """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
         some = prompts[start : start + count]
         seeds = [self.seed + start + i for i in range(len(some))]
-        return draw(family, some, seeds, size, size, self.steps, self.guidance, self.sampler).cpu()
+        return sample_images(family, some, seeds, size, size, self.steps, self.guidance_scale, self.sampler).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

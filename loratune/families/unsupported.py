@@ -15,7 +15,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "a LoRA, not a base",
         ("lora_", ".lora.", "_lora.", ".lora_A.", ".hada_", ".lokr_", ".oft_", "unet:0:", "text_encoder:0:"),
     ),
-    ("a checkpoint quantised by bitsandbytes", (".quant_state.", ".absmax")),
+    ("a checkpoint quantized by bitsandbytes", (".quant_state.", ".absmax")),
     ("a checkpoint with scaled fp8 weights", ("scaled_fp8", ".scale_weight")),
     ("a ControlNet", ("control_model.", "input_hint_block.", "controlnet_cond_embedding.", "control_all_x_embedder.")),
     ("an IP-Adapter", ("ip_adapter.", "image_proj.")),

@@ -45,7 +45,7 @@ class LoRA:
     """How W_0 is adapted: h = W_0 x + (alpha / r) B A x (Hu 2021, section 4.1), or a relative of it.
 
     Args:
-        kind: lora (LoCon where targets are convolutions), dora (Liu 2024), loha (Hyeon-Woo 2022) or lokr
+        type: lora (LoCon where targets are convolutions), dora (Liu 2024), loha (Hyeon-Woo 2022) or lokr
             (Edalati 2022, LyCORIS).
         rank: r, the inner size of B A.
         alpha: the scale is alpha / r; by default r, so that the scale is 1.
@@ -54,55 +54,57 @@ class LoRA:
         targets: cross-attention (W_Q, W_K, W_V), attention, attention+ff, all-linear, all (convolutions too), none
             (new tokens or the text encoder alone), or a regular expression that whole module names of the U-Net
             must match.
-        ranks: other ranks by a regular expression of whole module names; the first that matches counts.
-        alphas: other alphas, likewise.
+        rank_pattern: other ranks by a regular expression of whole module names; the first that matches counts.
+        alpha_pattern: other alphas, likewise.
         init: of A, with B = 0: kaiming, or gaussian; or of both from W_0, with B A taken from it: pissa (Meng
             2024) or olora (Buyukakyuz 2024).
         text_encoder: adapt the text encoders' attention too.
-        text_encoder_rate: the text encoders' learning rate as a multiple of the optimizer's.
-        b_rate: B's learning rate as a multiple of A's (LoRA+, Hayou 2024; the paper's is 16).
-        start_from: a LoRA file to go on from, in any format that is read; its kind and ranks must be these.
+        text_encoder_lr: the text encoders' learning rate; none takes the optimizer's.
+        loraplus_lr_ratio: B's learning rate as a multiple of A's (LoRA+, Hayou 2024; the paper's is 16).
+        init_from: a LoRA file to go on from, in any format that is read; its kind and ranks must be these.
     """
 
-    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    type: Literal["lora", "dora", "loha", "lokr"] = "lora"
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
     targets: str = "cross-attention"
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     text_encoder: bool = False
-    text_encoder_rate: float = 1.0
-    b_rate: float = 1.0
-    start_from: Path | None = None
+    text_encoder_lr: float | None = None
+    loraplus_lr_ratio: float = 1.0
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for key, rank in (("rank", self.rank), *self.ranks.items()):
+        for key, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if rank < 1:
                 raise ValueError(f"lora.{key} is {rank}; give 1 or more")
-        for key, alpha in (("alpha", self.alpha), *self.alphas.items()):
+        for key, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
             if alpha is not None and not 0 < alpha < math.inf:
                 raise ValueError(f"lora.{key} is {alpha}; give a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; give 0 or more and less than 1")
-        for key in ("targets", "ranks", "alphas"):
+        for key in ("targets", "rank_pattern", "alpha_pattern"):
             for pattern in [self.pattern] if key == "targets" else getattr(self, key):
                 _check_pattern(key, pattern)
-        for key in ("text_encoder_rate", "b_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"lora.{key} is {getattr(self, key)}; give a number above 0")
+        for key in ("text_encoder_lr", "loraplus_lr_ratio"):
+            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"lora.{key} is {value}; give a number above 0")
         self._check_together()
 
     def _check_together(self) -> None:
-        plain = self.kind in ("lora", "dora")
-        if not plain and (self.rslora or self.init != "kaiming" or self.b_rate != 1):
-            raise ValueError(f"lora: rslora, init and b_rate are of kind lora and dora; leave them out for {self.kind}")
-        if self.init in ("pissa", "olora") and (self.kind == "dora" or self.start_from):
-            raise ValueError(f"lora.init {self.init} changes W_0 itself: not with kind dora or start_from")
-        if self.text_encoder_rate != 1 and not self.text_encoder:
-            raise ValueError("lora.text_encoder_rate is set, but lora.text_encoder is false; set it to true")
+        plain = self.type in ("lora", "dora")
+        if not plain and (self.rslora or self.init != "kaiming" or self.loraplus_lr_ratio != 1):
+            raise ValueError(
+                f"lora: rslora, init and loraplus_lr_ratio are of type lora and dora; leave them out for {self.type}"
+            )
+        if self.init in ("pissa", "olora") and (self.type == "dora" or self.init_from):
+            raise ValueError(f"lora.init {self.init} changes W_0 itself: not with type dora or init_from")
+        if self.text_encoder_lr is not None and not self.text_encoder:
+            raise ValueError("lora.text_encoder_lr is set, but lora.text_encoder is false; set it to true")
 
     @property
     def pattern(self) -> str:
@@ -121,12 +123,12 @@ class LoRA:
 
     def rank_of(self, name: str) -> int:
         """r of a module."""
-        return next((rank for pattern, rank in self.ranks.items() if re.fullmatch(pattern, name)), self.rank)
+        return next((rank for pattern, rank in self.rank_pattern.items() if re.fullmatch(pattern, name)), self.rank)
 
     def alpha_of(self, name: str) -> float:
         """alpha of a module; where none is given anywhere, its r."""
         default = float(self.rank_of(name)) if self.alpha is None else self.alpha
-        return next((alpha for pattern, alpha in self.alphas.items() if re.fullmatch(pattern, name)), default)
+        return next((alpha for pattern, alpha in self.alpha_pattern.items() if re.fullmatch(pattern, name)), default)
 
 
 def _check_pattern(key: str, pattern: str) -> None:
@@ -167,22 +169,22 @@ def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
     ranks = {name: rank for name in targets if (rank := lora.rank_of(name)) != lora.rank}
     alphas = {name: alpha for name in targets if (alpha := lora.alpha_of(name)) != lora.scaled_alpha}
     shared: dict[str, Any] = {"r": lora.rank, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
-    if lora.kind in ("lora", "dora"):
+    if lora.type in ("lora", "dora"):
         config: Any = LoraConfig(
             **shared,
             lora_alpha=lora.scaled_alpha,
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
-            use_dora=lora.kind == "dora",
+            use_dora=lora.type == "dora",
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
             bias="none",
         )
     else:
-        kind = LoHaConfig if lora.kind == "loha" else LoKrConfig
+        kind = LoHaConfig if lora.type == "loha" else LoKrConfig
         config = kind(**shared, alpha=lora.scaled_alpha, rank_dropout=lora.dropout)
     inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for layer in adapted_layers(module).values():
-        if lora.kind == "lora":
+        if lora.type == "lora":
             fuse(cast(LoraLayer, layer), ADAPTER)
     return targets
 
@@ -267,18 +269,18 @@ def put(components: Mapping[str, nn.Module], layers: Mapping[str, LowRank], path
     }
     if foreign := [name for name in layers if name not in places]:
         raise UserError(
-            f"lora.start_from {path}: {foreign[0]} is not adapted here ({len(foreign)} such layers); "
+            f"lora.init_from {path}: {foreign[0]} is not adapted here ({len(foreign)} such layers); "
             "set lora.targets and lora.text_encoder so that all of the file's are"
         )
     for name, layer in layers.items():
         own = factors(places[name])
         given = layer.tensors()
         if type(layer) is not _kind(places[name]) or own.keys() != given.keys():
-            raise UserError(f"lora.start_from {path}: {name} is a {layer.name}; set lora.kind to that")
+            raise UserError(f"lora.init_from {path}: {name} is a {layer.name}; set lora.type to that")
         for part, value in given.items():
             if own[part].numel() != value.numel():
                 raise UserError(
-                    f"lora.start_from {path}: {name} has rank {layer.rank}; set lora.rank, or lora.ranks, so"
+                    f"lora.init_from {path}: {name} has rank {layer.rank}; set lora.rank, or lora.rank_pattern, so"
                 )
             own[part].copy_(value.view_as(own[part]))
         places[name].scaling[ADAPTER] = layer.scale
@@ -300,12 +302,15 @@ def switch(components: Iterable[nn.Module], weight: float | None) -> None:
 
 
 def parameter_groups(components: Mapping[str, nn.Module], lora: LoRA) -> list[dict[str, Any]]:
-    """The adapters' parameters by learning rate; `factor` is what the optimizer's own is multiplied by."""
-    groups: dict[float, list[nn.Parameter]] = {}
+    """The adapters' parameters by learning rate: a group's own `lr`, where it has one, and its `factor`."""
+    groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, module in components.items():
-        text = lora.text_encoder_rate if name.startswith("text_encoder") else 1.0
+        lr = lora.text_encoder_lr if name.startswith("text_encoder") else None
         for key, parameter in module.named_parameters():
             if parameter.requires_grad and is_adapter(key):
-                own = text * (lora.b_rate if ".lora_B." in f".{key}" else 1.0)
-                groups.setdefault(own, []).append(parameter)
-    return [{"params": held, "factor": factor} for factor, held in groups.items()]
+                factor = lora.loraplus_lr_ratio if ".lora_B." in f".{key}" else 1.0
+                groups.setdefault((lr, factor), []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor} | ({} if lr is None else {"lr": lr})
+        for (lr, factor), parameters in groups.items()
+    ]

@@ -23,7 +23,7 @@ from loratune.families.family import Family
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 # nf4: half a byte, one byte of scale for 64 numbers and a float32 for 256 scales (Dettmers 2023, section 3).
-QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ def weight_bytes(module: nn.Module, trained: bool, precision: str = "32-true") -
             if value.requires_grad != trained:
                 continue
             size: float = WHOLE.get(precision, value.dtype).itemsize
-            if name == "weight" and hasattr(part, "quantised"):
-                kind = str(part.quantised)
-                size = QUANTISED[kind] + (4 / value.shape[1] if kind == "int8" else 0)
+            if name == "weight" and hasattr(part, "quantized"):
+                kind = str(part.quantized)
+                size = QUANTIZED[kind] + (4 / value.shape[1] if kind == "int8" else 0)
             total += value.numel() * size
     return math.ceil(total)
 

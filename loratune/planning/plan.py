@@ -146,12 +146,17 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
 
     condition = told()
     once = step(
-        family, data.batch_size, shape, (lambda: condition) if frozen_text else told, rules, module.memory.checkpointing
+        family,
+        data.batch_size,
+        shape,
+        (lambda: condition) if frozen_text else told,
+        rules,
+        module.memory.gradient_checkpointing,
     )
     encoding = _encoding(module, max(sizes, key=lambda size: size[0] * size[1]), precision, gpu)
     drawing = _drawing(module, trainer, data, gpu)
     averages = own if any(isinstance(callback, EMA) for callback in trainer.callbacks) else 0
-    kept = weights if not module.memory.release else {"unet": weights["unet"]}
+    kept = weights if not module.memory.unload_encoders else {"unet": weights["unet"]}
     memory = {
         "weights": sum(kept.values()),
         "adapter" if weights["unet"] else "trained": own + averages,
@@ -161,7 +166,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         "transient": once.transient,
     } | ({"device": CONTEXT} if gpu else {"process": PROCESS + round(HEAP * (once.activations + once.transient))})
     # Forward, the gradients of what each layer reads, those of its weights where all are trained, and forward again.
-    passes = 2 + (weights["unet"] == 0) + module.memory.checkpointing
+    passes = 2 + (weights["unet"] == 0) + module.memory.gradient_checkpointing
     images = len(data.collection)
     batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     steps = _steps(trainer, images_of_an_epoch(data), batch)
@@ -187,7 +192,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
 def sizes_of(data: Any) -> list[tuple[int, int]]:
     """(height, width) of the buckets of a recipe's images; of many images a thousand are looked at."""
     if data.buckets is None:
-        return [(data.size, data.size)]
+        return [(data.resolution, data.resolution)]
     held, found = data.collection, set()
     for number in range(0, len(held), max(1, len(held) // LOOKED_AT)):
         source, row = held.at(number)
@@ -198,7 +203,7 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
 
 def images_of_an_epoch(data: Any) -> int:
     """About how many images come in an epoch: how many are held out is known when each is read."""
-    share = {"training": (100 - data.validation_percent) / 100, "regularisation": 1.0, "validation": 0.0}
+    share = {"training": (100 - data.validation_percent) / 100, "regularization": 1.0, "validation": 0.0}
     pairs = zip(data.collection.sources, data.sources, strict=True)
     counts = [round(len(source) * share[told.role]) for source, told in pairs]
     return round(sum(count * each for count, each in zip(counts, often(data.sources, counts), strict=True)))
@@ -220,7 +225,10 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
     if not any(every.values()):
         return 0
     family: Any = module.family
-    shape, rules = family.latent_shape(data.size, data.size), Rules(str(trainer.precision_plugin.precision), gpu)
+    shape, rules = (
+        family.latent_shape(data.resolution, data.resolution),
+        Rules(str(trainer.precision_plugin.precision), gpu),
+    )
 
     def some(count: int) -> torch.Tensor:
         return torch.empty(count, *shape, device="meta")
@@ -272,10 +280,10 @@ def changes(cli: RecipeCLI, recipe: Path) -> Iterator[tuple[str, list[str]]]:
     exact = lora is None or from_base(recipe)
     if memory.dtype == "float32" and not exact:
         yield key("dtype", "bfloat16")
-    if not memory.checkpointing:
-        yield key("checkpointing", "true")
-    if memory.quantise is None and not exact and lora.kind in ("lora", "dora"):
-        yield key("quantise", "nf4")
+    if not memory.gradient_checkpointing:
+        yield key("gradient_checkpointing", "true")
+    if memory.quantization is None and not exact and lora.type in ("lora", "dora"):
+        yield key("quantization", "nf4")
     size = data.batch_size
     while size > 1:
         size //= 2
@@ -363,5 +371,5 @@ def _verdict(made: Plan, room: int, advice: tuple[list[str], Plan] | None) -> li
         return [f"It fits: {size_text(made.peak)} of {size_text(room)}."]
     told = f"It does not fit: {size_text(made.peak)}, and there are {size_text(room)}."
     if advice is None:
-        return [told, "No change that is known here makes it fit; take a smaller data.size or another device."]
+        return [told, "No change that is known here makes it fit; take a smaller data.resolution or another device."]
     return [told, f"With these changes it takes {size_text(advice[1].peak)}:", *(f"  {one}" for one in advice[0])]

@@ -37,6 +37,7 @@ from loratune.training.export import Export, check_format
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
+from loratune.training.precision import fast_precision
 from loratune.training.sharding import check_strategy
 from loratune.training.triggers import check_prefixes
 
@@ -153,6 +154,8 @@ class RecipeCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             given = config.get("config")
             config.trainer.default_root_dir = str(Path("runs") / (Path(str(given[-1])).stem if given else "run"))
+        if config.trainer.precision is None:
+            config.trainer.precision = fast_precision(str(config.trainer.accelerator))
         if self.subcommand and config.get("weights_only") is None:
             config.weights_only = True  # a checkpoint is data; nothing in it is run
         if config.checkpoint.dirpath is None:
@@ -161,8 +164,8 @@ class RecipeCLI(LightningCLI):
             config.trainer.strategy, lambda key: config.get(f"model.{key}") or config.get(f"model.init_args.{key}")
         )
         memory = config.get("model.memory") or config.get("model.init_args.memory")
-        check_samples(getattr(memory, "release", False), config.samples.every_n_steps)
-        check_format(config.export.format, config.get("model.lora.kind") or config.get("model.init_args.lora.kind"))
+        check_samples(getattr(memory, "unload_encoders", False), config.samples.every_n_steps)
+        check_format(config.export.format, config.get("model.lora.type") or config.get("model.init_args.lora.type"))
         prompts, token = (
             config.get(f"model.{key}") or config.get(f"model.init_args.{key}") for key in ("prompts", "tokens")
         )

@@ -25,13 +25,13 @@ class Guard(L.Callback):
     run, so that the order of images and the schedule stay what they are.
 
     Args:
-        most_skipped: stop the run after so many skipped steps in a row; 0 never stops it.
+        max_skipped_steps: stop the run after so many skipped steps in a row; 0 never stops it.
     """
 
-    def __init__(self, most_skipped: int = 10) -> None:
-        if most_skipped < 0:
-            raise ValueError(f"guard.most_skipped is {most_skipped}; give 0 or more")
-        self.most_skipped = most_skipped
+    def __init__(self, max_skipped_steps: int = 10) -> None:
+        if max_skipped_steps < 0:
+            raise ValueError(f"guard.max_skipped_steps is {max_skipped_steps}; give 0 or more")
+        self.max_skipped_steps = max_skipped_steps
         self.skipped = self.in_a_row = 0
         self._names: list[str] = []
         self._waiting: deque[tuple[int, list[str], Tensor]] = deque()
@@ -76,7 +76,7 @@ class Guard(L.Callback):
         if not self._waiting:
             return
         late = self._waiting[-1][2].device.type != "cpu"
-        if not late or len(self._waiting) >= max(1, self.most_skipped):
+        if not late or len(self._waiting) >= max(1, self.max_skipped_steps):
             self.count(trainer)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/skipped_steps", float(self.skipped))
@@ -98,7 +98,7 @@ class Guard(L.Callback):
             if bad:
                 told = f"step {step + 1}: NaN or Inf in the loss or the gradients"
                 log.warning("%s; the step was skipped (images: %s)", told, listed(names))
-            if self.most_skipped and self.in_a_row >= self.most_skipped:
+            if self.max_skipped_steps and self.in_a_row >= self.max_skipped_steps:
                 self._waiting.clear()
                 raise UserError(self._too_many(trainer, step, names))
 
@@ -108,7 +108,7 @@ class Guard(L.Callback):
         told = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
         return (
             f"step {step + 1}: NaN or Inf in the loss or the gradients for {self.in_a_row} steps in a row "
-            f"(guard.most_skipped), lastly with the images {listed(names)}; {told}; "
+            f"(guard.max_skipped_steps), lastly with the images {listed(names)}; {told}; "
             "lower the learning rate, or look at these images"
         )
 

@@ -53,7 +53,7 @@ def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
         if not chosen.run.overwrite:
             refuse_another(folder, resumed, given in ("last", "hpc"))
     if resumed is not None:
-        check_recipe(resumed, recipe(), chosen.run.allow)
+        check_recipe(resumed, recipe(), chosen.run.allow_changed)
 
 
 def check_data(chosen: Any) -> None:
@@ -71,10 +71,14 @@ def check_data(chosen: Any) -> None:
     data: CaptionedImages = parser.instantiate_classes(Namespace(data=chosen.data)).data
     model = chosen.model.get("init_args") or chosen.model
     memory = model.get("memory")
-    if memory is not None and memory.release and (data.captions.changes_tags or data.on_the_fly):
-        key = "on_the_fly is true" if data.on_the_fly else "captions.shuffle and tag_dropout make captions"
-        told = f"model.memory.release is true, but data.{key}, which have to be encoded in each step"
-        raise ValueError(f"{told}; set model.memory.release: false")
+    if memory is not None and memory.unload_encoders and (data.captions.changes_tags or not data.cache_latents):
+        key = (
+            "cache_latents is false"
+            if not data.cache_latents
+            else "captions.shuffle_tags and tag_dropout make captions"
+        )
+        told = f"model.memory.unload_encoders is true, but data.{key}, which have to be encoded in each step"
+        raise ValueError(f"{told}; set model.memory.unload_encoders: false")
     if is_first() and data.strict:
         refuse_faults(data, model)
     elif is_first():
@@ -96,7 +100,7 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
     prompts, token = model.get("prompts"), model.get("tokens")
     prompts = Prompts(**prompts.as_dict()) if prompts else Prompts()
     count = counter(prompts, NewToken(**token.as_dict()) if token else None)
-    faults = audit(data.collection, data.batch_size, count, WINDOW * prompts.chunks, data.workers).serious
+    faults = audit(data.collection, data.batch_size, count, WINDOW * prompts.chunks, data.num_workers).serious
     for one in faults:
         if one.kind == "no_caption" and data.allow_missing_captions:
             continue

@@ -32,7 +32,7 @@ TRAINER = (
     *("limit_train_batches", "overfit_batches", "precision", "strategy"),
 )
 # Compared by what they hold, or without influence on what is computed.
-FREE = ("model.base", "data.path", "data.cache", "data.workers", "data.strict")
+FREE = ("model.base", "data.path", "data.cache_dir", "data.num_workers", "data.strict")
 PLACES = ("path", "masks")
 SHOWN = 3
 
@@ -64,7 +64,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str], allow: Collectio
     Args:
         old: keys and values of the checkpoint.
         new: of the run that is to go on.
-        allow: keys that may differ, each with all that is below it.
+        allow_changed: keys that may differ, each with all that is below it.
     """
     changed = [key for key, value in old.items() if new.get(key, "nothing") != value and not _below(key, allow)]
     return [f"{key}: {old[key]} -> {new.get(key, 'nothing')}" for key in changed]
@@ -82,7 +82,7 @@ def refuse_differences(checkpoint: str, found: list[str]) -> None:
     keys = ", ".join(line.partition(":")[0] for line in found)
     raise UserError(
         f"{checkpoint}: is of another run: {'; '.join(found[:SHOWN])}{more}; "
-        f"undo the change, train anew in another folder, or allow it by run.allow: [{keys}]"
+        f"undo the change, train anew in another folder, or allow it by run.allow_changed: [{keys}]"
     )
 
 
@@ -92,7 +92,7 @@ def check_recipe(path: Path, recipe: str, allow: Collection[str]) -> None:
     Args:
         path: of the checkpoint.
         recipe: resolved, as YAML.
-        allow: keys that may differ.
+        allow_changed: keys that may differ.
 
     Raises:
         UserError: it holds weights only, or the recipe differs.
@@ -127,12 +127,12 @@ class Run(L.Callback):
 
     Args:
         overwrite: replace the run that the folder holds; its checkpoints, curves and LoRAs are deleted.
-        allow: keys that may differ from those of the checkpoint that is gone on from, each with all below it, such
-            as model.objective; how long, where to and how often may always differ.
+        allow_changed: keys that may differ from the checkpoint's on a resume, each with all below it, such as
+            model.objective; how long, where to and how often may always differ.
     """
 
-    def __init__(self, overwrite: bool = False, allow: tuple[str, ...] = ()) -> None:
-        self.overwrite, self.allow = overwrite, tuple(allow)
+    def __init__(self, overwrite: bool = False, allow_changed: tuple[str, ...] = ()) -> None:
+        self.overwrite, self.allow_changed = overwrite, tuple(allow_changed)
         self.recipe = ""
         self._base: Future[str] | None = None
         self._states: list[dict[str, Any]] | None = None
@@ -162,8 +162,8 @@ class Run(L.Callback):
         if told is None or trainer.state.fn != "fit":
             return
         made = self._made_of(trainer)
-        found = differences(told["recipe"], what_matters(self.recipe), self.allow)
-        found += differences(told["made_of"], made, self.allow)
+        found = differences(told["recipe"], what_matters(self.recipe), self.allow_changed)
+        found += differences(told["made_of"], made, self.allow_changed)
         refuse_differences(str(trainer.ckpt_path), found)
         self._states = told["generators"]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from loratune.diffusion.objective import psnr
 from loratune.formats.images import normalise
 from loratune.training.randomness import training_generator
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 
 
 def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int = 3) -> Tensor:
@@ -50,7 +50,7 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: weight of the mean KL per latent element against the mean error per pixel.
         detail_weight: weight of the Laplacian-pyramid term that keeps edges sharp.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
     """
 
     batch_kind = "pixels"
@@ -63,11 +63,11 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: float = 5e-4,
         detail_weight: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.kl_weight, self.detail_weight = kl_weight, detail_weight
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(channels),
             up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -111,4 +111,4 @@ class AutoencoderModule(L.LightningModule):
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(encoded).std()), 5))
 
     def configure_optimizers(self) -> Any:
-        return optimizer_and_schedule(self, self.vae.parameters(), self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, self.vae.parameters(), self.optimizer, self.lr_schedule)

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from loratune.families.sd import TOKENIZER, text_config
 from loratune.families.single_file import canonical_keys, module_text_keys
 from loratune.formats.images import normalise
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class ContrastiveModule(L.LightningModule):
         width: of both towers.
         layers: depth of both towers.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
     """
 
     batch_kind = "pixels"
@@ -48,12 +48,12 @@ class ContrastiveModule(L.LightningModule):
         width: int = 128,
         layers: int = 4,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if size % patch:
             raise ValueError(f"patch is {patch}; give a divisor of size {size}")
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         text = text_config(self.tokenizer, width, layers)
         heads = {"num_attention_heads": text.num_attention_heads, "intermediate_size": 4 * width}
@@ -85,4 +85,4 @@ class ContrastiveModule(L.LightningModule):
         return made
 
     def configure_optimizers(self) -> Any:
-        return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.lr_schedule)

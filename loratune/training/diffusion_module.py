@@ -15,10 +15,10 @@ from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.families.family import Condition, Family
 from loratune.families.load import load_family
-from loratune.training.memory import Memory, release
+from loratune.training.memory import Memory, unload_encoders
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
-from loratune.training.schedules import EvaluationWeights, Schedule, optimizer_and_schedule
+from loratune.training.schedules import EvaluationWeights, LRSchedule, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -32,7 +32,7 @@ class DiffusionModule(L.LightningModule):
         trainable: components whose weights are trained; the others are frozen.
         objective: what the loss is.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
         memory: how the base is held, and what is traded between memory and time.
     """
 
@@ -42,7 +42,7 @@ class DiffusionModule(L.LightningModule):
         trainable: tuple[str, ...] = ("unet",),
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DiffusionModule(L.LightningModule):
         self.base_name = base if isinstance(base, str) else type(base).__name__
         self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
         self.memory = memory
-        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
         objective.prepare(self.family)
         self.family.requires_grad_(False)
         components = self.family.components()
@@ -153,12 +153,12 @@ class DiffusionModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Drop what is not needed any more, where the recipe says so."""
         self._dropouts = share_dropout(self) if self.trainer.world_size > 1 else []
-        if not self.memory.release:
+        if not self.memory.unload_encoders:
             return
         if self.objective.caption_dropout:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self._nothing = self.family.encode_prompts([""])
-        release(self.family)
+        unload_encoders(self.family)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         share = Share.of(batch)
@@ -183,7 +183,7 @@ class DiffusionModule(L.LightningModule):
     def _held_out(self, batch: dict[str, Any], batch_idx: int, stage: Stage) -> None:
         """The loss at fixed plain noise and fixed t (the middles of equal parts of 1..T), so that epochs compare."""
         plain = replace(
-            self.objective, caption_dropout=0.0, offset_noise=0.0, pyramid_noise=0.0, input_perturbation=0.0
+            self.objective, caption_dropout=0.0, noise_offset=0.0, pyramid_noise=0.0, input_perturbation=0.0
         )
         count, steps = len(batch["name"]), len(self.family.noise_schedule)
         random = self._generator(stage, batch_idx)
@@ -194,7 +194,7 @@ class DiffusionModule(L.LightningModule):
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
-        return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.lr_schedule)
 
 
 def _where(dropped: Tensor, nothing: Condition, condition: Condition) -> Condition:

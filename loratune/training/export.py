@@ -74,7 +74,7 @@ class Export(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what could not be written, before anything is trained."""
         if isinstance(pl_module, LoRAModule):
-            check_format(self.format, pl_module.lora.kind)
+            check_format(self.format, pl_module.lora.type)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -143,7 +143,7 @@ def _standard(trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRa
     """What other programs show of a LoRA."""
     family = module.family
     kind = lora_metadata(configs_of(family)) if isinstance(family, StableDiffusion) else {}
-    maker, arguments = MODULES[module.lora.kind]
+    maker, arguments = MODULES[module.lora.type]
     ranks, alphas = ({getattr(layer, key) for layer in layers.values()} for key in ("rank", "alpha"))
     return standard_metadata(
         rank=ranks.pop() if len(ranks) == 1 else None,

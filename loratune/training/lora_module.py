@@ -22,7 +22,7 @@ from loratune.lora.tokens import NewToken, add_tokens, check_new, initial_rows, 
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.memory import Memory
 from loratune.training.objectives import Objective
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 from loratune.training.sharding import shard
 
 
@@ -34,7 +34,7 @@ class LoRAModule(DiffusionModule):
         lora: rank, alpha, dropout and targets.
         objective: what the loss is.
         optimizer: any torch optimizer.
-        schedule: how the learning rate moves over the run.
+        lr_schedule: how the learning rate moves over the run.
         tokens: a new word that is learned too (textual inversion, Gal 2022); with lora.targets none it alone is.
         prompts: how captions become what the text encoders read.
         memory: how the frozen base is held, and what is traded between memory and time.
@@ -46,19 +46,19 @@ class LoRAModule(DiffusionModule):
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
         tokens: NewToken | None = None,
         prompts: Prompts = Prompts(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
-        memory.check_adapter(lora.kind, lora.init, lora.text_encoder or tokens is not None)
-        if lora.start_from and not lora.start_from.is_file():
-            raise ValueError(f"lora.start_from {lora.start_from}: no such file; give a LoRA, or leave it out")
+        memory.check_adapter(lora.type, lora.init, lora.text_encoder or tokens is not None)
+        if lora.init_from and not lora.init_from.is_file():
+            raise ValueError(f"lora.init_from {lora.init_from}: no such file; give a LoRA, or leave it out")
         if tokens is not None:
             check_new(tokens, CLIPTokenizer.from_pretrained(TOKENIZER))  # before any weight is read
         elif lora.targets == "none" and not lora.text_encoder:
             raise ValueError("lora.targets is none and nothing else is trained; set model.tokens, or other targets")
-        super().__init__(base, (), objective, optimizer, schedule, memory)
+        super().__init__(base, (), objective, optimizer, lr_schedule, memory)
         self.lora, self.tokens = lora, tokens
         if prompts != Prompts():
             self._text_family("prompts").prompts = prompts
@@ -78,9 +78,9 @@ class LoRAModule(DiffusionModule):
                 parameter.data = parameter.data.float()  # peft takes the base's dtype, which small steps may vanish in
         self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
         self._first_rows = [row.detach().clone() for row in self._rows]
-        if lora.start_from:
-            names = module_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
-            put(components, read_lora(lora.start_from, names).layers, lora.start_from)
+        if lora.init_from:
+            names = layer_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
+            put(components, read_lora(lora.init_from, names).layers, lora.init_from)
         memory.arrange(self.family, encoded if lora.text_encoder or tokens is not None else ())
         self._is_cut = False
         self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
@@ -116,7 +116,7 @@ class LoRAModule(DiffusionModule):
         captions = [" ".join(entry.captions) for entry in entries or ()]
         if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
             told = f"{self.tokens.token!r} is in none of {len(captions)} captions"
-            raise UserError(f"tokens.token: {told}; write it there, or set data.prefix")
+            raise UserError(f"tokens.token: {told}; write it there, or set data.caption_prefix")
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
@@ -127,4 +127,4 @@ class LoRAModule(DiffusionModule):
         if self.tokens is not None:
             own = {} if self.tokens.lr is None else {"lr": self.tokens.lr}
             groups.append({"params": self._rows, "factor": 1.0, **own})
-        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
+        return optimizer_and_schedule(self, groups, self.optimizer, self.lr_schedule)

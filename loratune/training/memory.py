@@ -21,24 +21,24 @@ class Memory:
     """How the frozen base is held, and what is traded between memory and time.
 
     Args:
-        quantise: hold the frozen linear layers of what is adapted in nf4 (4 bits, Dettmers 2023, QLoRA) or int8
+        quantization: hold the frozen linear layers of what is adapted in nf4 (4 bits, Dettmers 2023, QLoRA) or int8
             (Dettmers 2022), by bitsandbytes.
         dtype: of the frozen U-Net and text encoders; the VAE and what is trained stay in float32.
-        checkpointing: compute activations again in the backward pass instead of keeping them (Chen 2016).
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them (Chen 2016).
         attention: sdpa, torch's fused kernel; or plain, the products written out, which on a CPU is faster for short
             sequences (the embedded base: a fifth off each step) and keeps L S numbers for each head.
         channels_last: hold convolutions, the adapters' too, with the channels last, which is faster on most devices.
         compile: train through torch.compile; the first step of each image size takes minutes.
-        release: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
+        unload_encoders: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
     """
 
-    quantise: Literal["nf4", "int8"] | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     attention: Literal["sdpa", "plain"] = "sdpa"
     channels_last: bool = True
     compile: bool = False
-    release: bool = False
+    unload_encoders: bool = False
 
     def check_adapter(self, kind: str, init: str, text_is_trained: bool) -> None:
         """Raise ValueError where an adapter cannot be trained so.
@@ -48,24 +48,26 @@ class Memory:
             init: where the adapter starts.
             text_is_trained: whether captions are encoded anew in each step.
         """
-        if init in FROM_BASE and (self.quantise or self.dtype != "float32"):
-            key = "quantise" if self.quantise else "dtype"
+        if init in FROM_BASE and (self.quantization or self.dtype != "float32"):
+            key = "quantization" if self.quantization else "dtype"
             told = f"lora.init {init} changes W_0 itself, which has to be held in float32"
             raise ValueError(f"memory.{key} is {getattr(self, key)}, but {told}; set lora.init: kaiming")
-        if self.quantise and kind in ("loha", "lokr"):
-            raise ValueError(f"memory.quantise is {self.quantise}: not with lora.kind {kind}; set kind to lora or dora")
-        if self.release and text_is_trained:
+        if self.quantization and kind in ("loha", "lokr"):
+            raise ValueError(
+                f"memory.quantization is {self.quantization}: not with lora.type {kind}; set lora.type to lora or dora"
+            )
+        if self.unload_encoders and text_is_trained:
             told = "the text encoder is needed in every step, as it is trained"
-            raise ValueError(f"memory.release is true, but {told}; set memory.release: false")
+            raise ValueError(f"memory.unload_encoders is true, but {told}; set memory.unload_encoders: false")
 
     def check_full(self) -> None:
         """Raise ValueError where the base's own weights cannot be trained so."""
-        if self.quantise or self.dtype != "float32":
-            key = "quantise" if self.quantise else "dtype"
+        if self.quantization or self.dtype != "float32":
+            key = "quantization" if self.quantization else "dtype"
             told = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
             raise ValueError(f"memory.{key} is {getattr(self, key)}: it {told}")
-        if self.release:
-            raise ValueError("memory.release is true, but all of the base is written at the end; leave it out")
+        if self.unload_encoders:
+            raise ValueError("memory.unload_encoders is true, but all of the base is written at the end; leave it out")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,7 +75,7 @@ class Memory:
         return DTYPES[self.dtype]
 
     def hold(self, family: Family, adapted: tuple[str, ...]) -> None:
-        """Cast and quantise a frozen base, before adapters are put into it.
+        """Cast and quantize a frozen base, before adapters are put into it.
 
         Args:
             family: the base, changed in place.
@@ -83,8 +85,8 @@ class Memory:
             if name != "vae" and self.dtype != "float32":
                 for parameter in part.parameters():
                     parameter.data = parameter.data.to(self.torch_dtype)
-            if name in adapted and self.quantise:
-                quantise(part, self.quantise)
+            if name in adapted and self.quantization:
+                quantize(part, self.quantization)
         if not self.channels_last:
             family.network.to(memory_format=torch.contiguous_format)
 
@@ -97,7 +99,7 @@ class Memory:
         """
         if self.attention == "plain":
             attend_plainly(family.network)
-        if self.checkpointing:
+        if self.gradient_checkpointing:
             family.network.enable_gradient_checkpointing()
             for name in trained_text:
                 part: Any = family.components()[name]
@@ -134,19 +136,19 @@ def compile_steps(network: Any) -> None:
     network.forward = forward
 
 
-def quantise(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:
+def quantize(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:
     """Hold a module's linear layers in 4 or 8 bits; returns how many.
 
-    On the meta device, where there is nothing to quantise, the layers are only marked, as `quantised`.
+    On the meta device, where there is nothing to quantize, the layers are only marked, as `quantized`.
 
     Args:
         module: changed in place, and marked as peft looks for it before it puts adapters beside such layers.
-        kind: of quantisation.
+        kind: of quantization.
     """
     found = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
     for name, part in found:
         if part.weight.is_meta:
-            part.quantised = kind  # type: ignore[assignment]
+            part.quantized = kind  # type: ignore[assignment]
             continue
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, _nf4(part) if kind == "nf4" else _int8(part))
@@ -165,7 +167,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     made.bias = layer.bias
     # On some CPUs an evaluation would repack the weights into a form through which no gradient passes.
     made.support_avx512bf16_for_cpu = False
-    return made.to(layer.weight.device)  # quantises
+    return made.to(layer.weight.device)  # quantizes
 
 
 def _int8(layer: nn.Linear) -> nn.Module:
@@ -175,7 +177,7 @@ def _int8(layer: nn.Linear) -> nn.Module:
         made = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
     made.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     made.bias = layer.bias
-    return made.to(layer.weight.device)  # quantises
+    return made.to(layer.weight.device)  # quantizes
 
 
 class PlainAttention:
@@ -213,14 +215,14 @@ def attend_plainly(network: Any) -> None:
     network.set_attn_processor(PlainAttention())
 
 
-def check_samples(released: bool, every_n_steps: int) -> None:
-    """Raise ValueError where a run is to draw samples with what is released."""
-    if released and every_n_steps:
+def check_samples(unloaded: bool, every_n_steps: int) -> None:
+    """Raise ValueError where a run is to draw samples with what is unloaded."""
+    if unloaded and every_n_steps:
         told = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
-        raise ValueError(f"memory.release is true, but {told}; set samples.every_n_steps: 0")
+        raise ValueError(f"memory.unload_encoders is true, but {told}; set samples.every_n_steps: 0")
 
 
-class Released(nn.Module):
+class Unloaded(nn.Module):
     """In the place of a component whose weights were dropped: its configuration remains.
 
     Args:
@@ -234,17 +236,17 @@ class Released(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise UserError: it is gone."""
-        told = f"the {self.name} was released when training began, and is needed again"
-        raise UserError(f"memory.release is true: {told}; set memory.release: false")
+        told = f"the {self.name} was unloaded when training began, and is needed again"
+        raise UserError(f"memory.unload_encoders is true: {told}; set memory.unload_encoders: false")
 
     encode = decode = forward
 
 
-def release(family: Family) -> None:
+def unload_encoders(family: Family) -> None:
     """Drop a base's VAE and text encoders; only the network is left.
 
     The parts are attributes of the family under their names in `components`.
     """
     for name, part in family.components().items():
         if name != "unet":
-            setattr(family, name, Released(part, name))
+            setattr(family, name, Unloaded(part, name))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratune.diffusion.noise import draw_pyramid, offset_noise, perturb
-from loratune.diffusion.objective import check_objective, debiased_weight, huber_c, min_snr_weight
+from loratune.diffusion.objective import check_objective, debiased_weight, min_snr_weight, scheduled_huber_c
 from loratune.diffusion.process import Prediction, snr
 from loratune.diffusion.timesteps import logit_normal, shifted, to_steps
 from loratune.families.base import Base
@@ -28,37 +28,39 @@ class Timesteps:
     """How often each step t is trained.
 
     Args:
-        density: uniform, or logit-normal, which favours the middle (Esser 2024, eq. 19).
-        mean: of t's logit, for logit-normal; above 0 favours noise.
-        std: of t's logit, for logit-normal.
+        distribution: uniform, or logit_normal, which favours the middle (Esser 2024, eq. 19).
+        mean: of t's logit, for logit_normal; above 0 favours noise.
+        std: of t's logit, for logit_normal.
         shift: above 1 moves t towards noise (Esser 2024, eq. 23).
-        start: the first t that is trained, as a share of the schedule.
-        stop: where training ends, as a share of the schedule.
+        min: the first t that is trained, as a share of the schedule.
+        max: where training ends, as a share of the schedule.
     """
 
-    density: Literal["uniform", "logit-normal"] = "uniform"
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
+    min: float = 0.0
+    max: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= 1:
-            raise ValueError(f"timesteps: start is {self.start}, stop {self.stop}; give 0 <= start < stop <= 1")
+        if not 0 <= self.min < self.max <= 1:
+            raise ValueError(f"timesteps: min is {self.min}, max {self.max}; give 0 <= min < max <= 1")
         if not (0 < self.shift < math.inf and 0 < self.std < math.inf and math.isfinite(self.mean)):
             told = f"shift is {self.shift}, std {self.std}, mean {self.mean}"
             raise ValueError(f"timesteps: {told}; give numbers, shift and std above 0")
-        if self.density == "uniform" and (self.mean, self.std) != (0.0, 1.0):
-            raise ValueError("timesteps: mean and std say nothing of density 'uniform'; set density to logit-normal")
+        if self.distribution == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError(
+                "timesteps: mean and std say nothing of distribution 'uniform'; set distribution to logit_normal"
+            )
 
     def draw(self, count: int, steps: int, random: torch.Generator) -> Tensor:
         """Steps t from 0 to `steps` - 1, (count,)."""
-        start, stop = round(self.start * steps), max(round(self.stop * steps), round(self.start * steps) + 1)
-        if self.density == "uniform" and self.shift == 1:
+        start, stop = round(self.min * steps), max(round(self.max * steps), round(self.min * steps) + 1)
+        if self.distribution == "uniform" and self.shift == 1:
             return torch.randint(start, stop, (count,), generator=random, device=random.device)
         u = torch.rand(count, generator=random, device=random.device)
-        t = logit_normal(u.clamp(1e-6, 1 - 1e-6), self.mean, self.std) if self.density == "logit-normal" else u
+        t = logit_normal(u.clamp(1e-6, 1 - 1e-6), self.mean, self.std) if self.distribution == "logit_normal" else u
         return to_steps(shifted(t, self.shift), start, stop)
 
 
@@ -68,11 +70,11 @@ class Objective:
 
     Args:
         min_snr_gamma: clip of the SNR weight (Hang 2023 uses 5); none weighs every step alike.
-        debiased: weigh by the root of the SNR (Yu 2024); not with min_snr_gamma.
-        huber: the least c of a pseudo-Huber error in place of the squared one, in (0, 1), usually 0.1: images
+        debiased_estimation: weigh by the root of the SNR (Yu 2024); not with min_snr_gamma.
+        huber_c: the least c of a pseudo-Huber error in place of the squared one, in (0, 1), usually 0.1: images
             that do not belong count less.
         huber_schedule: how c grows as noise falls (Khrapov 2024); constant keeps it.
-        offset_noise: how far each channel's mean noise wanders, usually 0.05 to 0.1 (Guttenberg 2023).
+        noise_offset: how far each channel's mean noise wanders, usually 0.05 to 0.1 (Guttenberg 2023).
         pyramid_noise: discount of coarser noise, usually 0.3 (Whitaker 2023); 0 for plain noise.
         input_perturbation: extra noise that the target does not know of, usually 0.1 (Ning 2023).
         caption_dropout: share of captions replaced by nothing, which guidance needs, in [0, 1].
@@ -84,10 +86,10 @@ class Objective:
     """
 
     min_snr_gamma: float | None = None
-    debiased: bool = False
-    huber: float | None = None
+    debiased_estimation: bool = False
+    huber_c: float | None = None
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
-    offset_noise: float = 0.0
+    noise_offset: float = 0.0
     pyramid_noise: float = 0.0
     input_perturbation: float = 0.0
     caption_dropout: float = 0.0
@@ -97,24 +99,26 @@ class Objective:
 
     def __post_init__(self) -> None:
         _in("caption_dropout", self.caption_dropout, 0, 1, " (a share)")
-        _in("offset_noise", self.offset_noise, 0, 1)
+        _in("noise_offset", self.noise_offset, 0, 1)
         _in("input_perturbation", self.input_perturbation, 0, 1)
         if not 0 <= self.pyramid_noise < 1:
             raise ValueError(f"pyramid_noise is {self.pyramid_noise}; give a discount of 0 or more and below 1")
         if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < math.inf:
             raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; give a number above 0, or null")
-        if self.huber is not None and not 0 < self.huber < 1:
-            raise ValueError(f"huber is {self.huber}; give a number between 0 and 1, or null for the squared error")
-        if self.huber is None and self.huber_schedule != "constant":
-            raise ValueError(f"huber_schedule is {self.huber_schedule!r}, but huber is null; set huber, usually 0.1")
-        if self.debiased and self.min_snr_gamma is not None:
-            raise ValueError("debiased and min_snr_gamma both weigh by the SNR; keep one")
+        if self.huber_c is not None and not 0 < self.huber_c < 1:
+            raise ValueError(f"huber_c is {self.huber_c}; give a number between 0 and 1, or null for the squared error")
+        if self.huber_c is None and self.huber_schedule != "constant":
+            raise ValueError(
+                f"huber_schedule is {self.huber_schedule!r}, but huber_c is null; set huber_c, usually 0.1"
+            )
+        if self.debiased_estimation and self.min_snr_gamma is not None:
+            raise ValueError("debiased_estimation and min_snr_gamma both weigh by the SNR; keep one")
         if self.prediction is not None:
             self._check(self.prediction, self.zero_terminal_snr)
 
     def _check(self, prediction: Prediction, zero: bool) -> None:
         check_objective(prediction, zero, self.min_snr_gamma)
-        if self.debiased:
+        if self.debiased_estimation:
             debiased_weight(torch.ones(1), prediction)
         if prediction == "flow" and self.huber_schedule == "snr":
             raise ValueError("huber_schedule 'snr' makes no sense with prediction 'flow'; use exponential or constant")
@@ -145,9 +149,9 @@ class Objective:
             if self.pyramid_noise
             else torch.randn(shape, generator=random, device=device)
         )
-        if self.offset_noise:
+        if self.noise_offset:
             shift = torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=random, device=device)
-            noise = offset_noise(noise, shift, self.offset_noise)
+            noise = offset_noise(noise, shift, self.noise_offset)
         if not self.input_perturbation:
             return noise, noise
         return noise, perturb(noise, torch.randn(shape, generator=random, device=device), self.input_perturbation)
@@ -156,13 +160,13 @@ class Objective:
         """Weight of each sample, (B,), by its a and b, or None where all count alike."""
         if self.min_snr_gamma is not None:
             return min_snr_weight(snr(a, b).flatten(), self.min_snr_gamma, family.prediction)
-        return debiased_weight(snr(a, b).flatten(), family.prediction) if self.debiased else None
+        return debiased_weight(snr(a, b).flatten(), family.prediction) if self.debiased_estimation else None
 
     def c(self, t: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor | None:
         """c of the pseudo-Huber error of each sample, (B,), or None for the squared error."""
-        if self.huber is None:
+        if self.huber_c is None:
             return None
-        return huber_c(t, a.flatten(), b.flatten(), self.huber, self.huber_schedule, steps)
+        return scheduled_huber_c(t, a.flatten(), b.flatten(), self.huber_c, self.huber_schedule, steps)
 
 
 def mask_of(batch: dict[str, Any], like: Tensor) -> Tensor | None:

@@ -17,38 +17,40 @@ FUSED_ON = ("cuda",)
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """The learning rate as a fraction of the optimizer's own, by step.
 
     Args:
-        name: constant, linear, cosine, cosine-restarts or polynomial, after the warm-up.
+        name: constant, linear, cosine, cosine_with_restarts or polynomial, after the warm-up.
         warmup_steps: steps over which the rate grows linearly from zero.
-        cycles: for cosine-restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
+        num_cycles: for cosine_with_restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
         power: for polynomial: of 1 - the part of the run that is done.
-        final: the fraction that all but constant end at, in [0, 1).
+        min_lr_ratio: the fraction that all but constant end at, in [0, 1).
     """
 
-    name: Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"] = "constant"
+    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
     warmup_steps: int = 0
-    cycles: int | None = None
+    num_cycles: int | None = None
     power: float | None = None
-    final: float = 0.0
+    min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 or more")
-        if not 0 <= self.final < 1:
-            raise ValueError(f"schedule.final is {self.final}; give 0 or more and less than 1")
-        if self.final and self.name == "constant":
-            raise ValueError("schedule.final says nothing of the name 'constant'; leave it out, or give another name")
-        self._check_own("cycles", "cosine-restarts", 2)
+        if not 0 <= self.min_lr_ratio < 1:
+            raise ValueError(f"lr_schedule.min_lr_ratio is {self.min_lr_ratio}; give 0 or more and less than 1")
+        if self.min_lr_ratio and self.name == "constant":
+            raise ValueError(
+                "lr_schedule.min_lr_ratio says nothing of the name 'constant'; leave it out, or give another name"
+            )
+        self._check_own("num_cycles", "cosine_with_restarts", 2)
         self._check_own("power", "polynomial", 0)
 
     def _check_own(self, key: str, name: str, least: int) -> None:
         value = getattr(self, key)
         if value is None:
             if self.name == name:
-                raise ValueError(f"schedule.name is {name}; give schedule.{key} too")
+                raise ValueError(f"lr_schedule.name is {name}; give schedule.{key} too")
         elif self.name != name:
             raise ValueError(f"schedule.{key} is of the name {name}, not {self.name}; leave it out")
         elif value < least or not value:
@@ -60,12 +62,12 @@ class Schedule:
             return (step + 1) / (self.warmup_steps + 1)
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
         done = min(max(done, 0.0), 1.0)
-        return self.final + (1 - self.final) * self._left(done)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * self._left(done)
 
     def _left(self, done: float) -> float:
         """From 1 to 0 as `done` goes from 0 to 1."""
-        if self.name == "cosine-restarts":
-            done = 1.0 if done == 1 else (done * (self.cycles or 1)) % 1.0
+        if self.name == "cosine_with_restarts":
+            done = 1.0 if done == 1 else (done * (self.num_cycles or 1)) % 1.0
         if self.name == "polynomial":
             return float((1 - done) ** (self.power or 1.0))
         cosine = (1 + math.cos(math.pi * done)) / 2
@@ -76,7 +78,7 @@ def optimizer_and_schedule(
     module: L.LightningModule,
     parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]],
     optimizer: OptimizerCallable,
-    schedule: Schedule,
+    schedule: LRSchedule,
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: the optimizer, and its rate moved at every step.
 

@@ -77,7 +77,7 @@ def check_strategy(strategy: Any, model: Callable[[str], Any]) -> None:
     refused = {
         "model.tokens": model("tokens") is not None,
         "model.lora.init": model("lora.init") in ("pissa", "olora"),
-        "model.memory.quantise": model("memory.quantise") is not None,
+        "model.memory.quantization": model("memory.quantization") is not None,
         "model.memory.compile": bool(model("memory.compile")),
         "model.class_path": model("lora") is None,
     }

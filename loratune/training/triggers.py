@@ -34,8 +34,8 @@ def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | 
 def _prefixes(tree: Any, place: str) -> Iterator[tuple[str, str]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            if key == "prefix" and isinstance(value, str):
-                yield f"{place}.prefix", value
+            if key == "caption_prefix" and isinstance(value, str):
+                yield f"{place}.caption_prefix", value
             yield from _prefixes(value, f"{place}.{key}")
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):

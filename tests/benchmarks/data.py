@@ -22,9 +22,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = """\
-trainer: {{accelerator: cpu, default_root_dir: {folder}/run}}
+trainer: {{accelerator: cpu, precision: 32-true, default_root_dir: {folder}/run}}
 model: {{base: "builtin:emoji-64"}}
-data: {{path: {images}, size: 64, cache: {cache}, validation_percent: 0, workers: {workers}}}
+data: {{path: {images}, resolution: 64, cache_dir: {cache}, validation_percent: 0, num_workers: {workers}}}
 """
 
 

@@ -27,6 +27,7 @@ trainer:
   default_root_dir: {out}
   max_steps: {steps}
   accelerator: cpu
+  precision: 32-true
   accumulate_grad_batches: 2
   enable_progress_bar: false
   log_every_n_steps: 1
@@ -36,13 +37,13 @@ model:
   lora: {{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.2, text_encoder: true}}
   objective: {{caption_dropout: 0.2}}
   optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-2}}}}
-  schedule: {{name: cosine, warmup_steps: 2}}
+  lr_schedule: {{name: cosine, warmup_steps: 2}}
 data:
   path: {data}
-  size: 16
+  resolution: 16
   batch_size: 2
   validation_percent: 25
-  cache: {cache}
+  cache_dir: {cache}
 samples: {{every_n_steps: 0}}
 checkpoint: {{every_n_train_steps: 2}}
 """

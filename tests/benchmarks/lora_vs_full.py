@@ -47,7 +47,7 @@ def child(case: str, steps: int, out: Path) -> None:
     from loratune.recipe.parse import run
 
     words = [*CASES[case], "--trainer.default_root_dir", str(out), "--trainer.max_steps", str(steps)]
-    words += ["--trainer.enable_progress_bar", "false", "--samples.every_n_steps", "0", "--data.cache", str(out)]
+    words += ["--trainer.enable_progress_bar", "false", "--samples.every_n_steps", "0", "--data.cache_dir", str(out)]
     cli, clock = run(words, execute=False), Clock()
     cli.trainer.callbacks.append(clock)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -55,7 +55,7 @@ def gpu_rows() -> Iterator[tuple[str, dict[str, Any]]]:
                 one = {"base": name, "targets": targets, "batch": batch}
                 told = f"{name} {SIZES[name]}, {targets}, batch {batch}"
                 yield f"plain loop, cached: {told}", {"loop": "gpu", **one}
-                for memory in ({}, {"compile": True}, {"checkpointing": True}):
+                for memory in ({}, {"compile": True}, {"gradient_checkpointing": True}):
                     yield f"loratune: {told}{''.join(f', {key}' for key in memory)}", {"memory": memory, **one}
 
 

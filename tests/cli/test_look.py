@@ -32,8 +32,8 @@ def test_data_tells_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pyt
     assert told["sources"][0]["held_out"] == 0
     assert told["buckets"] == {"16x16": 12}
     assert told["findings"][0]["names"]
-    assert main(["data", str(recipe), "--data.sise", "3"]) == 2
-    assert "did you mean 'data.size'" in capsys.readouterr().err
+    assert main(["data", str(recipe), "--data.resolutoin", "3"]) == 2
+    assert "did you mean 'data.resolution'" in capsys.readouterr().err
 
 
 def test_data_has_nothing_to_mend(recipe: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,18 +108,28 @@ def test_a_killed_cache_goes_on_where_it_was(recipe: Path, tmp_path: Path, capsy
     assert 12 - (there + 1) // 2 <= new <= 12 - there // 2
     assert len(list(held.rglob("*.safetensors"))) == 24
     assert all(path.is_relative_to(held) for path in files(tmp_path) - before)
-    assert main(["cache", str(recipe), "--data.workers", "2"]) == 0
+    assert main(["cache", str(recipe), "--data.num_workers", "2"]) == 0
     assert "12 images: 0 encoded now, 12 were there, 0 unreadable" in capsys.readouterr().out
 
 
 def test_what_is_never_cached_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", str(recipe), "--data.on_the_fly", "true"]) == 2
+    assert main(["cache", str(recipe), "--data.cache_latents", "false"]) == 2
     assert "nothing of it is cached" in capsys.readouterr().err
 
 
 def test_keys_of_recipes_are_told_from_options() -> None:
-    words = ["r.yaml", "--data.size", "3", "--json", "a.json", "--model.lora.rank=4", "--run", "--seed_everything", "1"]
+    words = [
+        "r.yaml",
+        "--data.resolution",
+        "3",
+        "--json",
+        "a.json",
+        "--model.lora.rank=4",
+        "--run",
+        "--seed_everything",
+        "1",
+    ]
     assert overridden(words) == (
         ["r.yaml", "--json", "a.json", "--run"],
-        ["--data.size", "3", "--model.lora.rank=4", "--seed_everything", "1"],
+        ["--data.resolution", "3", "--model.lora.rank=4", "--seed_everything", "1"],
     )

@@ -14,7 +14,7 @@ from loratune.data.audit import Audit, audit
 from loratune.data.buckets import Buckets
 from loratune.data.module import CaptionedImages
 from loratune.data.order import BatchOrder
-from loratune.data.settings import Images
+from loratune.data.settings import SourceConfig
 
 
 def noise(seed: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -42,8 +42,8 @@ def folder(tmp_path: Path) -> Path:
 def look(folder: Path) -> Callable[..., Audit]:
     def looked(room: int = 10, **given: Any) -> Audit:
         usual: dict[str, Any] = {} if "sources" in given else {"path": str(folder)}
-        data = CaptionedImages(**usual, **{"size": 16, "batch_size": 3, "validation_percent": 0, **given})
-        return audit(data.collection, 3, lambda text: len(text.split()), room, data.workers)
+        data = CaptionedImages(**usual, **{"resolution": 16, "batch_size": 3, "validation_percent": 0, **given})
+        return audit(data.collection, 3, lambda text: len(text.split()), room, data.num_workers)
 
     return looked
 
@@ -71,14 +71,14 @@ def test_counts_are_of_what_the_recipe_says(look: Callable[..., Audit], folder: 
         put(tmp_path / "class", f"{seed}.png", seed, "a dog", width=40, height=20)
     put(tmp_path / "held", "1.png", 50)
     sources = [
-        Images(str(folder), repeats=2, prefix="sks, "),
-        Images(str(tmp_path / "class"), role="regularisation"),
-        Images(str(tmp_path / "held"), role="validation"),
+        SourceConfig(str(folder), repeats=2, caption_prefix="sks, "),
+        SourceConfig(str(tmp_path / "class"), role="regularization"),
+        SourceConfig(str(tmp_path / "held"), role="validation"),
     ]
     found = look(sources=sources, buckets=Buckets(step=8, smallest=8, largest=32))
     assert [(one.role, one.images, one.held_out, one.drawn) for one in found.sources] == [
         ("training", 8, 0, 16),
-        ("regularisation", 6, 0, 16),
+        ("regularization", 6, 0, 16),
         ("validation", 1, 1, 0),
     ]
     assert found.buckets == {(16, 16): 8, (24, 8): 6}
@@ -130,7 +130,7 @@ def test_doubles_and_leaks(look: Callable[..., Audit], folder: Path, tmp_path: P
     noise(5, 24, 24).save(tmp_path / "held" / "near-leak.png")
     for name in (folder / "near.txt", tmp_path / "held" / "near-leak.txt"):
         name.write_text("red")
-    found = look(sources=[Images(str(folder)), Images(str(tmp_path / "held"), role="validation")])
+    found = look(sources=[SourceConfig(str(folder)), SourceConfig(str(tmp_path / "held"), role="validation")])
 
     def ends(kind: str) -> list[list[str]]:
         told = [name for one in found.findings if one.kind == kind for name in one.names]
@@ -155,7 +155,7 @@ def test_masks_that_are_missing_or_do_not_fit(look: Callable[..., Audit], folder
     (tmp_path / "m").mkdir()
     for number in range(7):
         Image.new("L", (32, 32 if number else 30)).save(tmp_path / "m" / f"{number}.png")
-    found = look(sources=[Images(str(folder), masks=tmp_path / "m")])
+    found = look(sources=[SourceConfig(str(folder), masks=tmp_path / "m")])
     assert names(found, "no_mask") == ["7.png"]
     (told,) = [name for one in found.findings if one.kind == "mask_wrong" for name in one.names]
     assert "0.png differ in size (32 x 30 and 32 x 32 pixels)" in told
@@ -171,4 +171,4 @@ def test_a_image_that_never_comes_is_found(look: Callable[..., Audit], monkeypat
 
 def test_workers_find_the_same(look: Callable[..., Audit], folder: Path) -> None:
     (folder / "2.png").write_bytes(b"nothing")
-    assert look(workers=2) == look()
+    assert look(num_workers=2) == look()

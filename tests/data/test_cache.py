@@ -150,7 +150,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"data\.cache: cannot write to .*file/cache"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write to .*file/cache"):
         Cache(tmp_path / "file" / "cache").put(KEY, tensors())
 
 

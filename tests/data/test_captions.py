@@ -39,16 +39,16 @@ def test_one_of_several_captions_is_chosen() -> None:
 
 
 def test_tags_are_shuffled_behind_those_that_are_kept() -> None:
-    made = drawn(Captions(shuffle=True, keep=2), (TEXT,))
+    made = drawn(Captions(shuffle_tags=True, keep_tokens=2), (TEXT,))
     assert {tuple(text.split(", ")[:2]) for text in made} == {("style", "red")}
     assert len(set(made)) == 6  # 3! orders
     assert {tuple(sorted(text.split(", "))) for text in made} == {tuple(sorted(TEXT.split(", ")))}
-    assert len(set(drawn(Captions(shuffle=True), (TEXT,)))) > 50
+    assert len(set(drawn(Captions(shuffle_tags=True), (TEXT,)))) > 50
     assert set(drawn(Captions(), (TEXT,))) == {TEXT}
 
 
 def test_tags_are_dropped_but_those_that_are_kept() -> None:
-    made = drawn(Captions(tag_dropout=0.25, keep=1), (TEXT,), count=2000)
+    made = drawn(Captions(tag_dropout=0.25, keep_tokens=1), (TEXT,), count=2000)
     assert all(text.split(", ")[0] == "style" for text in made)
     left = sum(len(text.split(", ")) - 1 for text in made) / (4 * 2000)
     assert left == pytest.approx(0.75, abs=0.02)  # 4 standard deviations
@@ -57,13 +57,13 @@ def test_tags_are_dropped_but_those_that_are_kept() -> None:
 
 
 def test_what_parts_tags_can_be_said_and_the_prefix_stays() -> None:
-    made = drawn(Captions(shuffle=True, separator="."), ("sks man, a. b. c",), "sks man, ")
+    made = drawn(Captions(shuffle_tags=True, separator="."), ("sks man, a. b. c",), "sks man, ")
     assert set(made) == {f"sks man, {x}. {y}. {z}" for x, y, z in ("abc", "acb", "bac", "bca", "cab", "cba")}
 
 
 @given(st.lists(words, max_size=8), st.integers(0, 9), st.floats(0, 0.9), st.integers())
 def test_nothing_is_told_that_was_not_written(tags: list[str], keep: int, share: float, seed: int) -> None:
-    captions = Captions(shuffle=True, keep=keep, tag_dropout=share)
+    captions = Captions(shuffle_tags=True, keep_tokens=keep, tag_dropout=share)
     made = [tag for tag in captions.draw((", ".join(tags),), "", Random(seed)).split(", ") if tag]
     assert not Counter(made) - Counter(tags)
     assert made[:keep] == tags[:keep]
@@ -74,8 +74,8 @@ def test_nothing_is_told_that_was_not_written(tags: list[str], keep: int, share:
     ("wrong", "said"),
     [
         ({"tag_dropout": 1.0}, "captions.tag_dropout is 1.0"),
-        ({"keep": -1, "shuffle": True}, "captions.keep is -1"),
-        ({"keep": 2}, "captions.keep is 2; give 0, or a number above with shuffle or tag_dropout"),
+        ({"keep_tokens": -1, "shuffle_tags": True}, "captions.keep_tokens is -1"),
+        ({"keep_tokens": 2}, "captions.keep_tokens is 2; give 0, or more with shuffle_tags or tag_dropout"),
         ({"separator": " "}, "captions.separator is ' '"),
     ],
 )

@@ -19,7 +19,7 @@ from loratune.data.augment import Augment
 from loratune.data.buckets import Buckets
 from loratune.data.captions import Captions
 from loratune.data.module import CaptionedImages
-from loratune.data.settings import Images
+from loratune.data.settings import SourceConfig
 from loratune.errors import UserError
 from loratune.formats.images import normalise, to_tensor
 from loratune.lora.inject import LoRA
@@ -62,7 +62,12 @@ class Stand(SimpleNamespace):
 @pytest.fixture
 def make(module: LoRAModule, tmp_path: Path) -> Callable[..., CaptionedImages]:
     def made(*, base: Any = module, **given: Any) -> CaptionedImages:
-        usual: dict[str, Any] = {"size": SIZE, "batch_size": 4, "cache": tmp_path / "cache", "validation_percent": 0}
+        usual: dict[str, Any] = {
+            "resolution": SIZE,
+            "batch_size": 4,
+            "cache_dir": tmp_path / "cache",
+            "validation_percent": 0,
+        }
         data = CaptionedImages(**{**usual, **given})
         stand = Stand(lightning_module=base, strategy=SimpleNamespace(root_device=torch.device("cpu")))
         stand.is_global_zero, stand.global_rank, stand.world_size = True, 0, 1
@@ -135,9 +140,9 @@ def test_sources_have_their_own_repeats_prefixes_and_roles(
     fill(tmp_path / "people", [(16, 16)] * 30, "someone {}", 50)
     fill(tmp_path / "check", [(16, 16)] * 2, "standing {}", 100)
     sources = [
-        Images(str(tmp_path / "her"), prefix="sks woman, ", repeats=4),
-        Images(str(tmp_path / "people"), role="regularisation", prefix="a woman, ", loss_weight=0.5),
-        Images(str(tmp_path / "check"), role="validation", prefix="sks woman, "),
+        SourceConfig(str(tmp_path / "her"), caption_prefix="sks woman, ", repeats=4),
+        SourceConfig(str(tmp_path / "people"), role="regularization", caption_prefix="a woman, ", loss_weight=0.5),
+        SourceConfig(str(tmp_path / "check"), role="validation", caption_prefix="sks woman, "),
     ]
     data = make(sources=sources, validation_percent=50)
     own = [caption for _, caption in rows(epochs(data, 1), "caption") if caption.startswith("sks")]
@@ -165,10 +170,10 @@ def test_weights_share_the_epoch_and_zero_leaves_a_source_out(
 ) -> None:
     fill(tmp_path / "few", [(16, 16)] * 2, "few {}", 1)
     fill(tmp_path / "many", [(16, 16)] * 12, "many {}", 20)
-    sources = [Images(str(tmp_path / "few"), weight=0.5), Images(str(tmp_path / "many"), weight=1.0)]
+    sources = [SourceConfig(str(tmp_path / "few"), weight=0.5), SourceConfig(str(tmp_path / "many"), weight=1.0)]
     counted = Counter(text.split()[0] for _, text in rows(epochs(make(sources=sources), 1), "caption"))
     assert counted == {"few": 6, "many": 12}
-    gone = Images(str(tmp_path / "nowhere"), weight=0.0)
+    gone = SourceConfig(str(tmp_path / "nowhere"), weight=0.0)
     assert len(make(sources=[*sources, gone]).sources) == 2
 
 
@@ -181,7 +186,7 @@ def test_a_loss_weight_weighs_the_loss(
     monkeypatch.setattr(module, "_generator", lambda *_: torch.Generator().manual_seed(4))
     losses = []
     for weight in (1.0, 0.25):
-        data = make(sources=[Images(str(tmp_path / "a"), loss_weight=weight)])
+        data = make(sources=[SourceConfig(str(tmp_path / "a"), loss_weight=weight)])
         losses.append(float(module.training_step(next(iter(data.train_dataloader())), 0)))
     assert losses[1] == pytest.approx(losses[0] / 4, rel=1e-6)
 
@@ -194,7 +199,7 @@ def test_an_empty_source_is_named(make: Callable[..., CaptionedImages], tmp_path
         (tmp_path / "b" / "1.png").write_bytes(b"no image")
         (tmp_path / "b" / "1.txt").write_text("a")
     with pytest.raises(UserError, match=r"/b: (no images in this folder|no image is left)"):
-        make(sources=[Images(str(tmp_path / "a")), Images(str(tmp_path / "b"))])
+        make(sources=[SourceConfig(str(tmp_path / "a")), SourceConfig(str(tmp_path / "b"))])
 
 
 # Captions.
@@ -204,7 +209,7 @@ def test_one_of_several_captions_is_told_and_encoded(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule
 ) -> None:
     fill(tmp_path / "p", [(16, 16)] * 2, "long {0}\nshort {0}")
-    data = make(path=str(tmp_path / "p"), captions=Captions(lines=True), prefix="in ink, ", batch_size=1)
+    data = make(path=str(tmp_path / "p"), captions=Captions(lines=True), caption_prefix="in ink, ", batch_size=1)
     told: dict[str, set[str]] = {}
     for batch in epochs(data, 12):
         told.setdefault(batch["name"][0], set()).add(batch["caption"][0])
@@ -219,7 +224,11 @@ def test_shuffled_tags_are_encoded_when_they_come(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule
 ) -> None:
     fill(tmp_path / "p", [(16, 16)] * 4, "n{}, red, round, small")
-    data = make(path=str(tmp_path / "p"), captions=Captions(shuffle=True, keep=1, tag_dropout=0.2), prefix="sks, ")
+    data = make(
+        path=str(tmp_path / "p"),
+        captions=Captions(shuffle_tags=True, keep_tokens=1, tag_dropout=0.2),
+        caption_prefix="sks, ",
+    )
     found = epochs(data, 8)
     told = [text for _, text in rows(found, "caption")]
     assert len(set(told)) > 12
@@ -256,7 +265,7 @@ def test_mirrored_images_are_variants_in_the_cache(
 
 def test_validation_does_not_vary(make: Callable[..., CaptionedImages], tmp_path: Path) -> None:
     folder = str(fill(tmp_path / "p", [(32, 16)] * 12, "a {0}, b, c\nx"))
-    varied = {"augment": Augment(flip=1.0, crops=3), "captions": Captions(lines=True, shuffle=True)}
+    varied = {"augment": Augment(flip=1.0, crops=3), "captions": Captions(lines=True, shuffle_tags=True)}
     data, plain = (make(path=folder, validation_percent=40, **more) for more in (varied, {}))
     first, second = (list(one.val_dataloader()) for one in (data, data))
     assert [text for _, text in rows(first, "caption")] == [text for _, text in rows(second, "caption")]
@@ -270,10 +279,10 @@ def test_colours_change_where_images_are_encoded_on_the_fly(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule
 ) -> None:
     folder = str(fill(tmp_path / "p", [(16, 16)] * 4))
-    with pytest.raises(ValueError, match=r"data\.augment\.brightness is 0\.3: .*set data\.on_the_fly: true"):
+    with pytest.raises(ValueError, match=r"data\.augment\.brightness is 0\.3: .*set data\.cache_latents: false"):
         make(path=folder, augment=Augment(brightness=0.3))
     plain, varied = (
-        make(path=folder, on_the_fly=True, augment=augment) for augment in (Augment(), Augment(brightness=0.3))
+        make(path=folder, cache_latents=False, augment=augment) for augment in (Augment(), Augment(brightness=0.3))
     )
     assert not [file for file in (tmp_path / "cache").rglob("*.safetensors") if b"logvar" in file.read_bytes()]
     cached = dict(rows(epochs(make(path=folder), 1), "mean"))
@@ -303,9 +312,9 @@ def test_masks_reach_the_loss(
     half[:, 16:] = 255
     for name in ("00.png", "01.png"):
         Image.fromarray(half).save(tmp_path / "m" / name)
-    source = Images(str(folder), masks=tmp_path / "m")
+    source = SourceConfig(str(folder), masks=tmp_path / "m")
     with caplog.at_level(logging.WARNING):
-        data = make(sources=[source], batch_size=3, augment=Augment(flip=1.0), on_the_fly=fly)
+        data = make(sources=[source], batch_size=3, augment=Augment(flip=1.0), cache_latents=not fly)
     assert "1 images have no mask and count whole: 02.png" in caplog.text
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     masks = dict(rows([batch], "mask"))
@@ -344,16 +353,16 @@ def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_wei
     assert "00.png differ in size (8 x 8 and 16 x 16 pixels)" in said("--data.path", "null", "--data.sources", source)
     buckets = ["--data.buckets", "{step: 3, smallest: 3, largest: 30}"]
     assert "data.buckets.step: size 3: the VAE needs a multiple of 2; change data.buckets.step" in said(*buckets)
-    assert "data.size: size 17: the VAE needs a multiple of 2" in said("--data.size", "17")
+    assert "data.resolution: size 17: the VAE needs a multiple of 2" in said("--data.resolution", "17")
     (tmp_path / "empty").mkdir()
     empty = f"[{{path: {images}}}, {{path: {tmp_path / 'empty'}}}]"
     assert "empty: no images in this folder" in said("--data.path", "null", "--data.sources", empty)
     zero = f"[{{path: {images}, weight: 0}}]"
     assert "weight is 0 for every source" in said("--data.path", "null", "--data.sources", zero)
     assert "data.path is" in said("--data.sources", zero)
-    for key, value in (("captions.shuffle", "true"), ("on_the_fly", "true")):
-        told = said("--model.memory.release", "true", f"--data.{key}", value)
-        assert f"model.memory.release is true, but data.{key.partition('.')[0]}" in told
+    for key, value in (("captions.shuffle_tags", "true"), ("cache_latents", "false")):
+        told = said("--model.memory.unload_encoders", "true", f"--data.{key}", value)
+        assert f"model.memory.unload_encoders is true, but data.{key.partition('.')[0]}" in told
     for file in images.glob("metadata.*"):
         file.unlink()
     assert "12 of 12 images have no caption" in said()
@@ -385,7 +394,7 @@ def test_workers_decode_and_give_the_same(make: Callable[..., CaptionedImages], 
     folder = fill(tmp_path / "p", [(16, 16), (40, 16), (16, 16), (20, 20)])
     (folder / "02.png").write_bytes(b"no image")
     here, there = (
-        make(path=str(folder), workers=workers, cache=tmp_path / f"cache-{workers}", augment=Augment(flip=0.5))
+        make(path=str(folder), num_workers=workers, cache_dir=tmp_path / f"cache-{workers}", augment=Augment(flip=0.5))
         for workers in (0, 2)
     )
     assert here.training.entries == there.training.entries  # type: ignore[union-attr]

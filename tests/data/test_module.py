@@ -65,7 +65,12 @@ def make(module: LoRAModule, images: Path, tmp_path: Path) -> Callable[..., Capt
     """A data module of the twelve images, set up by a trainer's stand-in."""
 
     def made(stand_in: Any = module, **changed: Any) -> CaptionedImages:
-        given: dict[str, Any] = {"path": str(images), "size": SIZE, "batch_size": 4, "cache": tmp_path / "cache"}
+        given: dict[str, Any] = {
+            "path": str(images),
+            "resolution": SIZE,
+            "batch_size": 4,
+            "cache_dir": tmp_path / "cache",
+        }
         data = CaptionedImages(**{**given, **changed})
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
             lightning_module=stand_in,
@@ -136,7 +141,7 @@ def test_the_split_is_of_images_or_of_captions(make: Callable[..., CaptionedImag
 
 def test_a_prefix_does_not_move_the_split_by_caption(make: Callable[..., CaptionedImages]) -> None:
     plain = make(validation_percent=40, split_by="caption")
-    assert split(make(validation_percent=40, split_by="caption", prefix="in sks style, ")) == split(plain)
+    assert split(make(validation_percent=40, split_by="caption", caption_prefix="in sks style, ")) == split(plain)
 
 
 def test_nothing_is_held_out_at_0_percent(make: Callable[..., CaptionedImages]) -> None:
@@ -253,11 +258,11 @@ def test_no_readable_image_is_an_error(make: Callable[..., CaptionedImages], ima
 
 def test_a_size_that_the_vae_cannot_take(make: Callable[..., CaptionedImages]) -> None:
     with pytest.raises(UserError, match="size 17: the VAE needs a multiple of 2"):
-        make(size=17)
+        make(resolution=17)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("size", 4), ("size", 10000), ("batch_size", 0), ("validation_percent", 51)]
+    ("key", "value"), [("resolution", 4), ("resolution", 10000), ("batch_size", 0), ("validation_percent", 51)]
 )
 def test_arguments_out_of_range(key: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"data\.{key} is {value}"):
@@ -270,7 +275,7 @@ def test_arguments_out_of_range(key: str, value: int) -> None:
 def test_nothing_is_encoded_twice(make: Callable[..., CaptionedImages], calls: Calls) -> None:
     make()
     assert calls.since() == (12, 12)
-    data = make(batch_size=3, validation_percent=40, workers=0)
+    data = make(batch_size=3, validation_percent=40, num_workers=0)
     names(data.train_dataloader())
     names(data.val_dataloader())
     assert calls.since() == (0, 0)
@@ -296,14 +301,14 @@ def test_a_changed_caption_is_encoded_again(make: Callable[..., CaptionedImages]
     (images / "metadata.jsonl").write_text(text.replace("a black disc 3", "a black ring"))
     make()
     assert calls.since() == (0, 1)
-    make(prefix="sks ")
+    make(caption_prefix="sks ")
     assert calls.since() == (0, 12)
 
 
 def test_another_size_is_encoded_again(make: Callable[..., CaptionedImages], calls: Calls) -> None:
     make()
     calls.since()
-    data = make(size=8)
+    data = make(resolution=8)
     assert calls.since() == (12, 0)
     assert next(iter(data.train_dataloader()))["mean"].shape[2:] == (4, 4)
 
@@ -365,14 +370,14 @@ def test_captions_are_not_cached_while_the_text_encoder_is_trained(
 ) -> None:
     trained = LoRAModule(str(tiny_base), LoRA(rank=2, text_encoder=True)).eval()
     counted = Calls(trained.family, monkeypatch)
-    batch = next(iter(make(trained, prefix="sks ").train_dataloader()))
+    batch = next(iter(make(trained, caption_prefix="sks ").train_dataloader()))
     assert counted.since() == (12, 0)
     assert "condition" not in batch
     assert all(text.startswith("sks a ") for text in batch["caption"])
 
 
 def test_a_model_of_pixels_gets_pixels(make: Callable[..., CaptionedImages], images: Path, tmp_path: Path) -> None:
-    data = make(SimpleNamespace(batch_kind="pixels"), validation_percent=0, size=8)
+    data = make(SimpleNamespace(batch_kind="pixels"), validation_percent=0, resolution=8)
     batch = next(iter(data.train_dataloader()))
     assert sorted(batch) == ["caption", "name", "pixels"]
     assert batch["pixels"].dtype == torch.uint8
@@ -388,7 +393,7 @@ def test_unreadable_images_are_left_out_of_pixels_too(make: Callable[..., Captio
 
 
 def test_the_prefix_is_before_every_caption(make: Callable[..., CaptionedImages], module: LoRAModule) -> None:
-    batch = next(iter(make(prefix="in sks style, ").train_dataloader()))
+    batch = next(iter(make(caption_prefix="in sks style, ").train_dataloader()))
     assert all(text.startswith("in sks style, a ") for text in batch["caption"])
     with torch.no_grad():
         assert torch.equal(batch["condition"]["text"][0], module.family.encode_prompts(batch["caption"][:1])["text"][0])
@@ -420,7 +425,9 @@ class Seen(L.Callback):
 
 
 def test_a_real_trainer_gets_each_image_once_an_epoch(tiny_base: Path, images: Path, tmp_path: Path) -> None:
-    data = CaptionedImages(str(images), size=SIZE, batch_size=4, validation_percent=25, cache=tmp_path / "cache")
+    data = CaptionedImages(
+        str(images), resolution=SIZE, batch_size=4, validation_percent=25, cache_dir=tmp_path / "cache"
+    )
     seen = Seen()
     trainer = L.Trainer(
         max_epochs=2,

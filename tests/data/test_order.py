@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loratune.data.buckets import Size
 from loratune.data.entries import Draw, Entry
 from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
-from loratune.data.settings import Images
+from loratune.data.settings import SourceConfig
 
 QUICK = settings(max_examples=150, deadline=None)
 SIZES: list[Size] = [(8, 8), (16, 8), (8, 16)]
@@ -94,8 +94,8 @@ def test_of_part_of_a_source_every_image_comes_in_time() -> None:
     assert set().union(*seen) == set(range(11))
 
 
-def sources(*told: dict[str, object]) -> list[Images]:
-    return [Images("x", **one) for one in told]  # type: ignore[arg-type]
+def sources(*told: dict[str, object]) -> list[SourceConfig]:
+    return [SourceConfig("x", **one) for one in told]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def sources(*told: dict[str, object]) -> list[Images]:
         ([{"weight": 1}, {"weight": 1}], [10, 40], [4, 1]),
         ([{"weight": 3}, {"weight": 1}], [10, 10], [3, 1]),
         ([{"weight": 0.5}, {}], [10, 10], [1, 2]),
-        ([{"repeats": 10}, {"role": "regularisation"}], [20, 1000], [10, 0.2]),
-        ([{}, {"role": "regularisation"}], [20, 5], [1, 4]),
-        ([{}, {"role": "regularisation", "repeats": 2}], [20, 5], [1, 2]),
-        ([{}, {"role": "regularisation", "weight": 0.25}, {"role": "validation"}], [20, 5, 0], [1, 1, 0]),
+        ([{"repeats": 10}, {"role": "regularization"}], [20, 1000], [10, 0.2]),
+        ([{}, {"role": "regularization"}], [20, 5], [1, 4]),
+        ([{}, {"role": "regularization", "repeats": 2}], [20, 5], [1, 2]),
+        ([{}, {"role": "regularization", "weight": 0.25}, {"role": "validation"}], [20, 5, 0], [1, 1, 0]),
     ],
 )
 def test_how_often_sources_come(told: list[dict[str, object]], counts: list[int], wanted: list[float]) -> None:

@@ -6,20 +6,22 @@ from typing import Any
 
 import pytest
 
-from loratune.data.settings import Images, gathered, left_out
+from loratune.data.settings import SourceConfig, gathered, left_out
 
-SHORT: dict[str, Any] = {"prefix": "", "image_column": "image", "caption_column": None}
+SHORT: dict[str, Any] = {"caption_prefix": "", "image_column": "image", "caption_column": None}
 
 
 def test_a_path_is_the_only_source() -> None:
-    (one,) = gathered("images", None, SHORT | {"prefix": "sks "})
-    assert one == Images("images", prefix="sks ")
+    (one,) = gathered("images", None, SHORT | {"caption_prefix": "sks "})
+    assert one == SourceConfig("images", caption_prefix="sks ")
 
 
 def test_several_sources_stay_as_they_are() -> None:
-    told = [Images("a", repeats=2), Images("b", role="validation")]
+    told = [SourceConfig("a", repeats=2), SourceConfig("b", role="validation")]
     assert gathered(None, told, SHORT) == tuple(told)
-    assert [left_out(one) for one in (Images("a", weight=0), Images("b", weight=0.1), Images("c"))] == [
+    assert [
+        left_out(one) for one in (SourceConfig("a", weight=0), SourceConfig("b", weight=0.1), SourceConfig("c"))
+    ] == [
         True,
         False,
         False,
@@ -40,7 +42,7 @@ def test_several_sources_stay_as_they_are() -> None:
 )
 def test_a_source_that_makes_no_sense_is_refused(told: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Images("images", **told)
+        SourceConfig("images", **told)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +50,20 @@ def test_a_source_that_makes_no_sense_is_refused(told: dict[str, Any], said: str
     [
         (None, None, {}, "data.path is null; give a folder"),
         ("a", [{}], {}, "data.path is 'a', and data.sources is given too"),
-        (None, [{}], {"prefix": "sks "}, "data.prefix is 'sks ', but data.sources is given; set prefix in each source"),
+        (
+            None,
+            [{}],
+            {"caption_prefix": "sks "},
+            "data.caption_prefix is 'sks ', but data.sources is given; set caption_prefix in each source",
+        ),
         (None, [{}], {"caption_column": "c"}, "data.caption_column is 'c'"),
-        (None, [{"role": "regularisation"}], {}, "none has role training"),
+        (None, [{"role": "regularization"}], {}, "none has role training"),
         (None, [{"weight": 1.0}, {"repeats": 2}], {}, "has weight 1.0, x repeats 2; use one of both for all"),
         (None, [{"weight": 0.0}, {"weight": 0.0}], {}, "weight is 0 for every source"),
-        (None, [{"weight": 0.0}, {"weight": 1.0, "role": "regularisation"}], {}, "weight is 0 for every source"),
+        (None, [{"weight": 0.0}, {"weight": 1.0, "role": "regularization"}], {}, "weight is 0 for every source"),
         (None, [{"loss_weight": 0.0}], {}, "loss_weight is 0 for every source"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(path: Any, sources: Any, short: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        gathered(path, sources and [Images("x", **told) for told in sources], SHORT | short)
+        gathered(path, sources and [SourceConfig("x", **told) for told in sources], SHORT | short)

@@ -111,7 +111,7 @@ def test_debiased_weights_are_finite_at_both_ends_but_for_eps_on_pure_noise() ->
     ends = torch.tensor([1e-9, 1e12], dtype=torch.float64)
     assert objective.debiased_weight(ends, "eps").tolist() == pytest.approx([10**4.5, 1000**-0.5])
     assert objective.debiased_weight(torch.zeros(1), "v").item() == 0
-    with pytest.raises(ValueError, match="set debiased to false"):
+    with pytest.raises(ValueError, match="set debiased_estimation to false"):
         objective.debiased_weight(ends, "flow")
 
 
@@ -131,13 +131,13 @@ def test_hubers_c_falls_with_noise_to_its_least() -> None:
     a, b = process.ddpm_coefficients(abar)
     t = torch.arange(1000)
     for schedule in ("exponential", "snr"):
-        c = objective.huber_c(t, a, b, 0.1, schedule, 1000)
+        c = objective.scheduled_huber_c(t, a, b, 0.1, schedule, 1000)
         assert (c.diff() < 0).all()
         assert 0.9 < c[0] < 1
-    assert objective.huber_c(t, a, b, 0.1, "exponential", 1000)[-1].item() == pytest.approx(0.1)
+    assert objective.scheduled_huber_c(t, a, b, 0.1, "exponential", 1000)[-1].item() == pytest.approx(0.1)
     sigma = b / a
-    torch.testing.assert_close(objective.huber_c(t, a, b, 0.1, "snr", 1000), 0.9 / (1 + sigma) ** 2 + 0.1)
-    assert objective.huber_c(t, a, b, 0.1, "constant", 1000).unique().tolist() == pytest.approx([0.1])
+    torch.testing.assert_close(objective.scheduled_huber_c(t, a, b, 0.1, "snr", 1000), 0.9 / (1 + sigma) ** 2 + 0.1)
+    assert objective.scheduled_huber_c(t, a, b, 0.1, "constant", 1000).unique().tolist() == pytest.approx([0.1])
 
 
 def test_a_mask_leaves_only_what_it_shows() -> None:

@@ -120,7 +120,7 @@ def test_without_held_out_images_it_is_compared_by_steps(recipe: Path, tmp_path:
 
 def test_a_run_goes_on_from_a_lora_whose_gap_is_told_at_the_start(recipe: Path, tmp_path: Path) -> None:
     assert fit(recipe) == 0
-    words = ["--model.lora.start_from", str(tmp_path / "run" / "lora.safetensors"), "--trainer.max_steps", "1"]
+    words = ["--model.lora.init_from", str(tmp_path / "run" / "lora.safetensors"), "--trainer.max_steps", "1"]
     assert fit(recipe, *ON, *words, "--trainer.default_root_dir", str(tmp_path / "next")) == 0
     assert found(tmp_path / "next")["training/gap"][0][1] != 0
     assert found(tmp_path / "next")["drift"][0][1] > 0

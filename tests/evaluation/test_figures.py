@@ -35,13 +35,20 @@ def test_a_run_leaves_its_figures_in_its_folder_and_in_tensorboard(recipe: Path,
 
 
 def test_there_are_none_where_the_base_is_released(recipe: Path, tmp_path: Path) -> None:
-    assert main(["fit", "-c", str(recipe), *ON, "--model.memory.release", "true"]) == 0
+    assert main(["fit", "-c", str(recipe), *ON, "--model.memory.unload_encoders", "true"]) == 0
     assert not (tmp_path / "run" / "figures").exists()
     assert "neutral/gap" not in (tmp_path / "run" / "history.jsonl").read_text()
 
 
 def test_the_neutral_prompts_are_drawn_before_the_base_is_released(recipe: Path, tmp_path: Path) -> None:
-    words = ["--model.memory.release", "true", "--evaluation.every_n_steps", "1", "--evaluation.prompts", "[a dog]"]
+    words = [
+        "--model.memory.unload_encoders",
+        "true",
+        "--evaluation.every_n_steps",
+        "1",
+        "--evaluation.prompts",
+        "[a dog]",
+    ]
     assert main(["fit", "-c", str(recipe), *words, "--trainer.max_steps", "2"]) == 0
     assert "neutral/gap" in (tmp_path / "run" / "history.jsonl").read_text()
 
@@ -68,5 +75,5 @@ def test_a_network_without_text_has_its_strips(tmp_path: Path) -> None:
 
     family = PixelDDPM(size=8, channels=(8, 8), attention_from=1, steps=20)
     sample = {"name": "a", "caption": "x", "pixels": torch.zeros(3, 8, 8, dtype=torch.uint8)}
-    made = figures(family, SimpleNamespace(held_out=Rows([sample]), training=Rows(), size=8), 0)
+    made = figures(family, SimpleNamespace(held_out=Rows([sample]), training=Rows(), resolution=8), 0)
     assert sorted(made) == ["forward", "reverse"]

@@ -26,7 +26,7 @@ from loratune.evaluation.paired import (
     weighted,
 )
 from loratune.families.load import load_family
-from loratune.families.sampling import draw
+from loratune.families.sampling import sample_images
 from loratune.lora.inject import LoRA, adapted_layers
 from loratune.lora.tokens import NewToken
 from loratune.training.lora_module import LoRAModule
@@ -34,8 +34,8 @@ from loratune.training.lora_module import LoRAModule
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "text": {"text_encoder": True},
-    "dora": {"kind": "dora"},
-    "loha": {"kind": "loha"},
+    "dora": {"type": "dora"},
+    "loha": {"type": "loha"},
     "pissa": {"init": "pissa"},
 }
 
@@ -160,17 +160,17 @@ def test_a_weight_scales_b_a_and_zero_is_the_base(tiny_base: Path) -> None:
 
     def drawn(weight: float) -> torch.Tensor:
         with weighted(module, weight):
-            return draw(module.family, prompts, seeds, 16, 16, 2)
+            return sample_images(module.family, prompts, seeds, 16, 16, 2)
 
-    plain = draw(module.family, prompts, seeds, 16, 16, 2)
-    assert torch.equal(drawn(0.0), draw(base, prompts, seeds, 16, 16, 2))
+    plain = sample_images(module.family, prompts, seeds, 16, 16, 2)
+    assert torch.equal(drawn(0.0), sample_images(base, prompts, seeds, 16, 16, 2))
     assert torch.equal(drawn(1.0), plain)
     half = drawn(0.5)
     assert not torch.allclose(half, plain, atol=1e-3)
     assert not torch.allclose(half, drawn(0.0), atol=1e-3)
     for layer in adapted_layers(module.family).values():
         layer.lora_B["default"].weight.data.mul_(0.5)  # type: ignore[union-attr,operator]
-    assert torch.allclose(draw(module.family, prompts, seeds, 16, 16, 2), half, atol=1e-6)
+    assert torch.allclose(sample_images(module.family, prompts, seeds, 16, 16, 2), half, atol=1e-6)
 
 
 def test_weights_that_cannot_be_drawn_are_refused(tiny_base: Path) -> None:

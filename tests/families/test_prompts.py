@@ -389,7 +389,14 @@ def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
 
 
 def test_a_recipe_sets_how_captions_are_read(recipe: Path, tmp_path: Path) -> None:
-    words = ["--model.prompts.chunks", "2", "--model.prompts.weights", "true", "--data.prefix", "(word:1.3) " * 80]
+    words = [
+        "--model.prompts.chunks",
+        "2",
+        "--model.prompts.weights",
+        "true",
+        "--data.caption_prefix",
+        "(word:1.3) " * 80,
+    ]
     words += ["--model.objective.caption_dropout", "0.5", "--trainer.max_steps", "2"]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     held = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]

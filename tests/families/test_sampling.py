@@ -16,7 +16,7 @@ from loratune.cli.draw import sample
 from loratune.errors import UserError
 from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
-from loratune.families.sampling import SAMPLERS, draw, draw_start, make_sampler
+from loratune.families.sampling import SAMPLERS, make_scheduler, sample_images, sample_latents
 from loratune.families.sd import StableDiffusion
 
 PROMPTS = ["a red disc", "a blue ring", ""]
@@ -31,9 +31,9 @@ def noise(seed: int) -> Tensor:
     return torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.5])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.5])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_ddim_is_the_pipelines(family: StableDiffusion, tiny_base: Path, guidance: float, steps: int) -> None:
+def test_ddim_is_the_pipelines(family: StableDiffusion, tiny_base: Path, guidance_scale: float, steps: int) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)  # type: ignore[no-untyped-call]
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -44,18 +44,18 @@ def test_ddim_is_the_pipelines(family: StableDiffusion, tiny_base: Path, guidanc
         height=16,
         width=16,
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance_scale,
         latents=torch.stack([noise(seed) for seed in seeds]),
         output_type="pt",
     ).images
-    found = draw(family, PROMPTS, seeds, 16, 16, steps, guidance, "ddim")
+    found = sample_images(family, PROMPTS, seeds, 16, 16, steps, guidance_scale, "ddim")
     assert (found + 1).div(2).sub(wanted).abs().max() < 1e-4
     assert float(wanted.std()) > 1e-3
 
 
 def test_the_first_step_is_at_pure_noise(family: StableDiffusion) -> None:
     # With zero terminal SNR and trailing steps, x_T is noise and nothing but noise, at t = T - 1.
-    scheduler = make_sampler("ddim", family.scheduler_config)
+    scheduler = make_scheduler("ddim", family.scheduler_config)
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
     assert scheduler.init_noise_sigma == 1
@@ -64,25 +64,25 @@ def test_the_first_step_is_at_pure_noise(family: StableDiffusion) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler-a", "dpm++"])
 def test_a_seed_is_a_image_in_any_batch(family: StableDiffusion, sampler: str) -> None:
-    together = draw(family, PROMPTS, [7, 8, 9], 16, 16, 4, 3.0, sampler)
+    together = sample_images(family, PROMPTS, [7, 8, 9], 16, 16, 4, 3.0, sampler)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, (7, 8, 9), strict=True)):
-        alone = draw(family, [prompt], [seed], 16, 16, 4, 3.0, sampler)
+        alone = sample_images(family, [prompt], [seed], 16, 16, 4, 3.0, sampler)
         assert (alone[0] - together[row]).abs().max() < 1e-4
-    others = draw(family, ["a green star", PROMPTS[1]], [1, 8], 16, 16, 4, 3.0, sampler)
+    others = sample_images(family, ["a green star", PROMPTS[1]], [1, 8], 16, 16, 4, 3.0, sampler)
     assert (others[1] - together[1]).abs().max() < 1e-4
-    assert (together[0] - draw(family, PROMPTS[:1], [8], 16, 16, 4, 3.0, sampler)[0]).abs().max() > 1e-2
+    assert (together[0] - sample_images(family, PROMPTS[:1], [8], 16, 16, 4, 3.0, sampler)[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_and_always_the_same(family: StableDiffusion, sampler: str) -> None:
     torch.manual_seed(1)
-    one = draw(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler)
+    one = sample_images(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler)
     assert one.shape == (2, 3, 16, 16)
     assert torch.isfinite(one).all()
     assert one.abs().max() <= 1
     torch.manual_seed(2)
-    assert torch.equal(one, draw(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler))
-    made = make_sampler(sampler, family.scheduler_config)
+    assert torch.equal(one, sample_images(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler))
+    made = make_scheduler(sampler, family.scheduler_config)
     assert type(made).__name__ == SAMPLERS[sampler]
     assert made.config.prediction_type == "v_prediction"
     assert made.config.beta_end == 0.012
@@ -90,24 +90,24 @@ def test_every_sampler_draws_and_always_the_same(family: StableDiffusion, sample
 
 def test_deterministic_samplers_agree_in_the_limit(family: StableDiffusion) -> None:
     # DDIM, Euler and the solvers follow one ODE: with many steps they end close together.
-    drawn = {name: draw(family, ["a disc"], [0], 16, 16, 80, 1.0, name) for name in ("ddim", "dpm++", "unipc")}
+    drawn = {name: sample_images(family, ["a disc"], [0], 16, 16, 80, 1.0, name) for name in ("ddim", "dpm++", "unipc")}
     for name in ("dpm++", "unipc"):
         assert (drawn[name] - drawn["ddim"]).abs().mean() < 0.03
 
 
 def test_an_unknown_sampler_lists_the_known(family: StableDiffusion) -> None:
     with pytest.raises(UserError, match="sampler 'dimm' is not known; there is ddim, ddpm"):
-        draw(family, ["x"], [0], 16, 16, 2, sampler="dimm")
+        sample_images(family, ["x"], [0], 16, 16, 2, sampler="dimm")
 
 
 def test_a_size_that_cannot_be(family: StableDiffusion) -> None:
     with pytest.raises(UserError, match="size 15: the VAE needs a multiple of 2"):
-        draw(family, ["x"], [0], 15, 15, 2)
+        sample_images(family, ["x"], [0], 15, 15, 2)
 
 
 def test_each_step_is_told(family: StableDiffusion) -> None:
     told: list[tuple[int, tuple[int, ...]]] = []
-    draw(family, ["x", "y"], [0, 1], 16, 16, 3, on_step=lambda done, x: told.append((done, tuple(x.shape))))
+    sample_images(family, ["x", "y"], [0, 1], 16, 16, 3, on_step=lambda done, x: told.append((done, tuple(x.shape))))
     assert told == [(number, (2, 4, 8, 8)) for number in (1, 2, 3)]
 
 
@@ -115,9 +115,9 @@ def test_guidance_of_1_is_no_guidance_and_asks_once(family: StableDiffusion, mon
     asked: list[int] = []
     denoise = family.denoise
     monkeypatch.setattr(family, "denoise", lambda x, t, told: asked.append(len(x)) or denoise(x, t, told))
-    plain = draw(family, ["a disc"], [0], 16, 16, 2, 1.0)
+    plain = sample_images(family, ["a disc"], [0], 16, 16, 2, 1.0)
     assert asked == [1, 1]
-    near = draw(family, ["a disc"], [0], 16, 16, 2, 1.0 + 1e-6)
+    near = sample_images(family, ["a disc"], [0], 16, 16, 2, 1.0 + 1e-6)
     assert asked[2:] == [2, 2]
     assert (plain - near).abs().max() < 1e-4
 
@@ -125,7 +125,7 @@ def test_guidance_of_1_is_no_guidance_and_asks_once(family: StableDiffusion, mon
 def test_a_family_without_text_draws_too() -> None:
     torch.manual_seed(0)
     pixels = PixelDDPM(8, (16, 16), attention_from=2, steps=20).eval()
-    drawn = draw(pixels, ["", ""], [0, 1], 8, 8, 4, 4.0, "ddpm")
+    drawn = sample_images(pixels, ["", ""], [0, 1], 8, 8, 4, 4.0, "ddpm")
     assert drawn.shape == (2, 3, 8, 8)
     assert torch.isfinite(drawn).all()
 
@@ -158,7 +158,7 @@ def test_the_verb_draws_a_image_whatever_is_listed_beside_it(tiny_base: Path, tm
 def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: str) -> None:
     values = {"steps": 1, "count": 1, "batch_size": 1} | {key: 0}
     with pytest.raises(UserError, match=f"--{key} is 0; give 1 or more"):
-        sample(str(tiny_base), [], ["x"], tmp_path / "out", guidance=1.0, sampler="ddim", seed=0, size=None,
+        sample(str(tiny_base), [], ["x"], tmp_path / "out", guidance_scale=1.0, sampler="ddim", seed=0, size=None,
                device="cpu", **values)  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -166,7 +166,7 @@ def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: st
 def test_estimates_of_the_image_end_in_the_image(family: StableDiffusion) -> None:
     states: list[Tensor] = []
     estimates: list[Tensor] = []
-    end = draw_start(
+    end = sample_latents(
         family,
         ["x"],
         [0],
@@ -180,4 +180,4 @@ def test_estimates_of_the_image_end_in_the_image(family: StableDiffusion) -> Non
     assert torch.equal(states[-1], end)
     assert torch.allclose(estimates[-1], end, atol=1e-5)  # the last step goes to t = 0
     assert not torch.allclose(estimates[0], end, atol=1e-3)
-    assert torch.equal(draw(family, ["x"], [0], 16, 16, 4), family.decode(end).clamp(-1, 1))
+    assert torch.equal(sample_images(family, ["x"], [0], 16, 16, 4), family.decode(end).clamp(-1, 1))

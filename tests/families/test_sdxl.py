@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.locate import ASSETS
-from loratune.families.sampling import draw
+from loratune.families.sampling import sample_images
 from loratune.families.save import save_diffusers_folder
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.lora.file import LoRAFile, write_lora
@@ -154,7 +154,7 @@ def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: 
 
 @torch.no_grad()
 def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
-    drawn = draw(family, [CAPTIONS[0]], [5], height=16, width=16, steps=3, guidance=4.0)
+    drawn = sample_images(family, [CAPTIONS[0]], [5], height=16, width=16, steps=3, guidance_scale=4.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = pipe(
         CAPTIONS[0], height=16, width=16, latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="pt"

@@ -226,8 +226,8 @@ def test_only_the_adapter_is_trained(family: StableDiffusion) -> None:
     family.requires_grad_(False)
     inject(family.network, LoRA(rank=2), LoRA().pattern)
     inject(family.text_encoder, LoRA(rank=2), TEXT_TARGETS)
-    groups = parameter_groups(family.components(), LoRA(text_encoder=True, text_encoder_rate=0.5))
-    assert [group["factor"] for group in groups] == [1.0, 0.5]
+    groups = parameter_groups(family.components(), LoRA(text_encoder=True, text_encoder_lr=5e-5))
+    assert [group.get("lr") for group in groups] == [None, 5e-5]
     assert [len(group["params"]) for group in groups] == [2 * 3 * len(blocks(family, "attn2")), 2 * 4]
 
 

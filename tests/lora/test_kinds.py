@@ -15,14 +15,14 @@ from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, at_start, collect, factors, inject, parameter_groups, put
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer
 from loratune.training.lora_module import LoRAModule
-from loratune.training.schedules import Schedule, optimizer_and_schedule
+from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "dora": {"kind": "dora"},
-    "loha": {"kind": "loha"},
-    "lokr": {"kind": "lokr"},
-    "lokr-whole": {"kind": "lokr", "rank": 64},
+    "dora": {"type": "dora"},
+    "loha": {"type": "loha"},
+    "lokr": {"type": "lokr"},
+    "lokr-whole": {"type": "lokr", "rank": 64},
     "rslora": {"rslora": True},
     "pissa": {"init": "pissa"},
     "olora": {"init": "olora"},
@@ -77,7 +77,7 @@ def test_the_file_says_what_the_layer_computes(name: str) -> None:
             for value in factors(layer).values():
                 value.add_(0.1 * torch.randn_like(value))
     found = collect({"unet": pair}, start)
-    kind = {"loha": LoHaLayer, "lokr": LoKrLayer}.get(lora.kind, LoRALayer)
+    kind = {"loha": LoHaLayer, "lokr": LoKrLayer}.get(lora.type, LoRALayer)
     assert {type(layer) for layer in found.values()} == {kind}
     assert all((layer.magnitude is not None) == (name == "dora") for layer in found.values())
     plain = Pair()
@@ -138,7 +138,7 @@ def test_olora_takes_the_leading_part_of_qr() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_dropout_is_for_training_alone(kind: str) -> None:
-    pair, _, _ = made({"kind": kind, "dropout": 0.5})
+    pair, _, _ = made({"type": kind, "dropout": 0.5})
     with torch.no_grad():
         for layer in adapted_layers(pair).values():
             for value in factors(layer).values():
@@ -154,12 +154,12 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
 
 
 def test_ranks_and_alphas_by_pattern() -> None:
-    found = collect({"unet": made({"ranks": {"con.": 2}, "alphas": {"lin.*": 9.0}})[0]})
+    found = collect({"unet": made({"rank_pattern": {"con.": 2}, "alpha_pattern": {"lin.*": 9.0}})[0]})
     assert {name: (layer.rank, layer.alpha) for name, layer in found.items()} == {
         "unet.linear": (4, 9.0),
         "unet.conv": (2, 6.0),
     }
-    found = collect({"unet": made({"ranks": {"con.": 2}, "alpha": None})[0]})
+    found = collect({"unet": made({"rank_pattern": {"con.": 2}, "alpha": None})[0]})
     assert {layer.scale for layer in found.values()} == {1.0}
 
 
@@ -181,7 +181,7 @@ def test_training_goes_on_from_a_file(name: str) -> None:
     ("kind", "format"), [("lora", "peft"), ("lora", "kohya"), ("dora", "kohya"), ("loha", "kohya"), ("lokr", "kohya")]
 )
 def test_a_run_goes_on_from_a_file_of_any_format(tiny_base: Path, tmp_path: Path, kind: Any, format: Any) -> None:
-    set_to: Any = {"kind": kind, "rank": 4, "text_encoder": True}
+    set_to: Any = {"type": kind, "rank": 4, "text_encoder": True}
     first = LoRAModule(str(tiny_base), LoRA(**set_to))
     with torch.no_grad():
         for layer in adapted_layers(first.family).values():
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_a_file_of_any_format(tiny_base: Path, tmp_path: Path
                 value.add_(torch.randn_like(value))
     path = tmp_path / "before.safetensors"
     write_lora(path, LoRAFile(first.layers()), format)
-    second = LoRAModule(str(tiny_base), LoRA(**set_to, start_from=path))
+    second = LoRAModule(str(tiny_base), LoRA(**set_to, init_from=path))
     assert second.layers().keys() == first.layers().keys()
     for name, layer in second.layers().items():
         for part, value in layer.tensors().items():
@@ -201,8 +201,8 @@ def test_what_does_not_fit_a_file_is_told() -> None:
     layers = collect({"unet": made({})[0]})
     for set_to, said in (
         ({"rank": 2}, "has rank 4; set lora.rank"),
-        ({"kind": "dora"}, "is a LoRA; set lora.kind"),
-        ({"kind": "loha"}, "is a LoRA; set lora.kind"),
+        ({"type": "dora"}, "is a LoRA; set lora.type"),
+        ({"type": "loha"}, "is a LoRA; set lora.type"),
         ({"targets": "linear"}, "unet.conv is not adapted here (1 such layers)"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
@@ -219,7 +219,7 @@ class _Module:
 
 def test_b_and_the_text_encoder_have_their_own_rates() -> None:
     unet, text = made({})[0], made({})[0]
-    lora = LoRA(b_rate=16.0, text_encoder=True, text_encoder_rate=0.5)
+    lora = LoRA(loraplus_lr_ratio=16.0, text_encoder=True, text_encoder_lr=3e-4)
     for module in (unet, text):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("lora_" in name)
@@ -228,27 +228,27 @@ def test_b_and_the_text_encoder_have_their_own_rates() -> None:
         _Module(),  # type: ignore[arg-type]
         groups,
         lambda p: torch.optim.AdamW(p, lr=1e-3),  # type: ignore[arg-type]
-        Schedule(),
+        LRSchedule(),
     )["optimizer"]
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for module, factor in ((unet, 1.0), (text, 0.5)):
+    for module, lr in ((unet, 1e-3), (text, 3e-4)):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                wanted = 1e-3 * factor * (16.0 if "lora_B" in name else 1.0)
+                wanted = lr * (16.0 if "lora_B" in name else 1.0)
                 assert rates[id(parameter)] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
     ("set_to", "said"),
     [
-        ({"kind": "loha", "rslora": True}, "rslora, init and b_rate are of kind lora and dora"),
-        ({"kind": "lokr", "b_rate": 2.0}, "leave them out for lokr"),
-        ({"kind": "dora", "init": "pissa"}, "not with kind dora"),
-        ({"init": "olora", "start_from": Path("a.safetensors")}, "or start_from"),
-        ({"text_encoder_rate": 0.5}, "set it to true"),
-        ({"b_rate": 0.0}, "lora.b_rate is 0.0"),
-        ({"ranks": {"x": 0}}, "lora.x is 0"),
-        ({"alphas": {"(": 1.0}}, "lora.alphas '(' is no preset and no regular expression"),
+        ({"type": "loha", "rslora": True}, "rslora, init and loraplus_lr_ratio are of type lora and dora"),
+        ({"type": "lokr", "loraplus_lr_ratio": 2.0}, "leave them out for lokr"),
+        ({"type": "dora", "init": "pissa"}, "not with type dora"),
+        ({"init": "olora", "init_from": Path("a.safetensors")}, "or init_from"),
+        ({"text_encoder_lr": 5e-5}, "set it to true"),
+        ({"loraplus_lr_ratio": 0.0}, "lora.loraplus_lr_ratio is 0.0"),
+        ({"rank_pattern": {"x": 0}}, "lora.x is 0"),
+        ({"alpha_pattern": {"(": 1.0}}, "lora.alpha_pattern '(' is no preset and no regular expression"),
     ],
 )
 def test_settings_that_contradict_are_refused(set_to: dict[str, Any], said: str) -> None:

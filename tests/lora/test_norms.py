@@ -28,7 +28,7 @@ def test_layers_belong_to_blocks(name: str, block: str) -> None:
     assert block_of(name) == block
 
 
-@pytest.mark.parametrize("settings", [{"targets": "all"}, {"kind": "loha"}, {"kind": "lokr"}, {"alpha": 8.0}])
+@pytest.mark.parametrize("settings", [{"targets": "all"}, {"type": "loha"}, {"type": "lokr"}, {"alpha": 8.0}])
 def test_norms_are_those_of_what_is_added(tiny_base: Path, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = LoRAModule(str(tiny_base), LoRA(**{"rank": 2, "text_encoder": True, **settings}))

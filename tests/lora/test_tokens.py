@@ -252,7 +252,12 @@ def test_a_token_must_be_new_and_its_initializer_fit(tokenizer: CLIPTokenizer, n
 
 # Training.
 
-TOKEN = ["--model.tokens", "{token: <blob>, vectors: 2, initializer: disc, lr: 0.05}", "--data.prefix", "<blob> "]
+TOKEN = [
+    "--model.tokens",
+    "{token: <blob>, vectors: 2, initializer: disc, lr: 0.05}",
+    "--data.caption_prefix",
+    "<blob> ",
+]
 
 
 def fit(recipe: Path, out: Path, *more: str) -> int:
@@ -350,7 +355,7 @@ def test_the_tokens_own_rate_is_used(tiny_base: Path, lr: float | None, wanted: 
         (["--model.tokens", "{token: <blob>, vectors: 76}"], "tokens.vectors is 76; give 1 to 75"),
         (["--model.lora.targets", "none"], "lora.targets is none and nothing else is trained; set model.tokens"),
         (["--model.prompts.chunks", "0"], "prompts.chunks is 0; give 1 to 16"),
-        (["--data.prefix", "word " * 80], "data.prefix is 80 tokens, and a prompt holds 75"),
+        (["--data.caption_prefix", "word " * 80], "data.caption_prefix is 80 tokens, and a prompt holds 75"),
     ],
 )
 def test_what_is_wrong_with_a_token_is_told_before_a_weight_is_read(

@@ -62,7 +62,9 @@ def real_step(module: LoRAModule, count: int, shape: Any, dtype: torch.dtype | N
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("targets", ["cross-attention", "all"])
-@pytest.mark.parametrize("memory", [Memory(), Memory(checkpointing=True, dtype="bfloat16")], ids=["plain", "saving"])
+@pytest.mark.parametrize(
+    "memory", [Memory(), Memory(gradient_checkpointing=True, dtype="bfloat16")], ids=["plain", "saving"]
+)
 def test_activations_are_those_of_a_true_step(precision: str, targets: str, memory: Memory) -> None:
     lora, shape = LoRA(rank=4, targets=targets), (4, 16, 16)
     dtype = torch.bfloat16 if precision == "bf16-mixed" else None
@@ -81,7 +83,7 @@ def test_checkpointing_has_its_peak_in_the_backward_pass() -> None:
     made = {}
     for backward in (False, True):
         with without_weights():
-            module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(checkpointing=True))
+            module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(gradient_checkpointing=True))
         imagine(module, "32-true")
         made[backward] = step(module.family, 2, (4, 16, 16), condition, Rules("32-true", False), backward)
     assert made[True].activations == made[False].activations
@@ -101,9 +103,9 @@ def test_a_gpu_takes_norms_in_float32() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_are_counted_as_they_will_be_held(kind: Any) -> None:
     with without_weights():
-        module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantise=kind))
+        module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantization=kind))
     plain = weight_bytes(load_family("builtin:emoji-64").network, True)
-    real = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantise=kind)).family.network
+    real = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantization=kind)).family.network
     held = sum(p.numel() * p.element_size() for p in real.parameters() if not p.requires_grad)
     counted = weight_bytes(module.family.network, False)
     assert counted < 0.7 * plain
@@ -147,9 +149,9 @@ def test_a_plan_says_what_the_run_then_has(recipe: Path, capsys: pytest.CaptureF
 
 def test_each_key_that_saves_memory_does_so_in_the_plan(recipe: Path) -> None:
     plain = make_plan(recipe, gpu=False)
-    freed = make_plan(recipe, False, ["--model.memory.release", "true"])
+    freed = make_plan(recipe, False, ["--model.memory.unload_encoders", "true"])
     assert freed.memory["weights"] < plain.memory["weights"]
-    again = make_plan(recipe, False, ["--model.memory.checkpointing", "true"])
+    again = make_plan(recipe, False, ["--model.memory.gradient_checkpointing", "true"])
     assert again.memory["activations"] < 0.6 * plain.memory["activations"]
     assert again.flops > plain.flops
     halved = make_plan(recipe, False, ["--data.batch_size", "2"])
@@ -176,7 +178,7 @@ def sdxl(recipe: Path, tmp_path: Path) -> Path:
     """A recipe on SDXL itself, of which only the configurations are there."""
     (tmp_path / "sdxl").mkdir()
     write_settings(tmp_path / "sdxl", architectures()["sdxl"])
-    lines = recipe.read_text().replace("size: 16", "size: 1024").splitlines()
+    lines = recipe.read_text().replace("resolution: 16", "resolution: 1024").splitlines()
     lines = [f"  base: {tmp_path / 'sdxl'}" if line.startswith("  base:") else line for line in lines]
     recipe.write_text("\n".join(lines).replace("batch_size: 4", "batch_size: 1"))
     return recipe
@@ -232,7 +234,7 @@ def test_wrong_words_are_told(
 
 def test_other_modules_are_refused(tmp_path: Path, images: Path) -> None:
     recipe = tmp_path / "vae.yaml"
-    recipe.write_text(f"model: {{class_path: AutoencoderModule}}\ndata: {{path: {images}, size: 16}}\n")
+    recipe.write_text(f"model: {{class_path: AutoencoderModule}}\ndata: {{path: {images}, resolution: 16}}\n")
     with pytest.raises(UserError, match="plan knows LoRAModule and DiffusionModule, not AutoencoderModule"):
         make_plan(recipe, gpu=False)
 

@@ -71,7 +71,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
         "base": str(tiny_sdxl if xl else tiny_base),
         "vae": str(small_vae),
         "path": str(images),
-        "size": size,
+        "resolution": size,
         "batch_size": 2,
     }
     settings = stand_in(shipped, stands)
@@ -95,7 +95,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
 @pytest.mark.parametrize("name", ["character", "sd15-style", "concept-token", "sdxl-qlora"])
 def test_a_recipe_trains_the_embedded_base(name: str, images: Path, tmp_path: Path) -> None:
     shipped = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-    stands = {"base": "builtin:emoji-64", "path": str(images), "size": 16, "batch_size": 2}
+    stands = {"base": "builtin:emoji-64", "path": str(images), "resolution": 16, "batch_size": 2}
     settings = stand_in(shipped, stands)
     assert keys_of(settings) == keys_of(shipped)
     out = placed(settings, tmp_path)

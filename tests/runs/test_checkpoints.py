@@ -242,13 +242,13 @@ def test_another_recipe_is_refused_unless_it_is_allowed(
     assert fit(recipe, "--ckpt_path", "last", *words) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"last.ckpt: is of another run: {said}; " in told
-    assert f"run.allow: [{said.partition(':')[0]}]" in told
+    assert f"run.allow_changed: [{said.partition(':')[0]}]" in told
     assert not loaded
     monkeypatch.undo()
     if "rank" in said:  # that one could not be loaded
         assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "3", "--export.dtype", "float32") == 0
         return
-    assert fit(recipe, "--ckpt_path", "last", *words, "--run.allow", f"[{said.partition(':')[0]}]") == 0
+    assert fit(recipe, "--ckpt_path", "last", *words, "--run.allow_changed", f"[{said.partition(':')[0]}]") == 0
     last = recipe.parent / "run" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] == 6
 
@@ -271,7 +271,7 @@ def test_other_images_or_another_base_are_refused(
     said = capsys.readouterr().err
     assert "is of another run: data.path: 12 images and 0 held out (" in said
     assert "-> 11 images and 0 held out (" in said
-    assert fit(recipe, "--ckpt_path", "last", "--run.allow", "[data.path]") == 0
+    assert fit(recipe, "--ckpt_path", "last", "--run.allow_changed", "[data.path]") == 0
 
 
 def test_only_what_decides_what_is_computed_is_compared() -> None:
@@ -295,7 +295,7 @@ def test_what_was_logged_after_the_checkpoint_is_not_shown_twice(recipe: Path, t
     kept = ["--checkpoint.every_n_train_steps", "2", "--checkpoint.save_top_k", "-1"]
     assert fit(recipe, *kept) == 0
     early = tmp_path / "run" / "checkpoints" / "epoch=0-step=2.ckpt"
-    allowed = ["--run.allow", "[seed_everything]", "--seed_everything", "9"]
+    allowed = ["--run.allow_changed", "[seed_everything]", "--seed_everything", "9"]
     assert fit(recipe, "--ckpt_path", str(early), *allowed) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
     steps = [event.step for event in events if event.step > 2]

@@ -102,4 +102,4 @@ def test_what_holds_a_run(tmp_path: Path) -> None:
 
 def test_every_section_is_in_the_names_that_are_suggested() -> None:
     names: Any = set(recipes.KeyNames(False))
-    assert {"run.overwrite", "run.allow", "guard.most_skipped", "checkpoint.save_last"} <= names
+    assert {"run.overwrite", "run.allow_changed", "guard.max_skipped_steps", "checkpoint.save_last"} <= names

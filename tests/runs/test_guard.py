@@ -70,13 +70,13 @@ def test_the_run_stops_after_too_many_bad_steps_in_a_row(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_steps(monkeypatch, (0, 2, 3, 4, 5))
-    words = ["fit", "-c", str(recipe), *EVERY, "--trainer.max_steps", "8", "--guard.most_skipped", "2"]
+    words = ["fit", "-c", str(recipe), *EVERY, "--trainer.max_steps", "8", "--guard.max_skipped_steps", "2"]
     assert main(words) == 2
     said = capsys.readouterr().err
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert re.search(rf"step 4: NaN or Inf .* for 2 steps in a row .* \d\d\.png.*; the last good .* {last};", said)
     assert torch.load(last, weights_only=True)["global_step"] == 3
-    assert main([*words, "--run.overwrite", "true", "--guard.most_skipped", "0"]) == 0
+    assert main([*words, "--run.overwrite", "true", "--guard.max_skipped_steps", "0"]) == 0
     assert torch.load(last, weights_only=True)["callbacks"]["Guard"] == {"skipped": 5, "in_a_row": 0}
 
 
@@ -90,7 +90,7 @@ def test_what_is_bad() -> None:
     assert is_bad([], torch.tensor(False))  # as under a scaler, which looks at gradients itself
     assert listed([str(i) for i in range(20)]).endswith("15 and 4 more")
     assert listed([]) == "unnamed"
-    with pytest.raises(ValueError, match="most_skipped is -1"):
+    with pytest.raises(ValueError, match="max_skipped_steps is -1"):
         Guard(-1)
 
 

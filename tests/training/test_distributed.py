@@ -22,7 +22,7 @@ from loratune.runs.checkpoints import read_checkpoint
 from loratune.training.randomness import Share, SharedDropout, dropout, share_dropout
 
 LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"
-WORDS = ["--model.objective", "{caption_dropout: 0.3, offset_noise: 0.1}", "--trainer.callbacks+", "EMA"]
+WORDS = ["--model.objective", "{caption_dropout: 0.3, noise_offset: 0.1}", "--trainer.callbacks+", "EMA"]
 WORDS += ["--trainer.callbacks+", "gradients.Gradients", "--data.buckets", "{step: 8, smallest: 8, largest: 32}"]
 SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of images in turn
 STEPS = 6
@@ -41,7 +41,7 @@ def command(recipe: Path, out: Path, batch: int, *words: str) -> list[str]:
     own = out.with_suffix(".yaml")
     own.write_text(text.replace("batch_size: 4", f"batch_size: {batch}"))
     where = ["--trainer.default_root_dir", str(out), "--checkpoint.every_n_train_steps", "2"]
-    where += ["--data.cache", f"{out}-cache"]
+    where += ["--data.cache_dir", f"{out}-cache"]
     return ["fit", "-c", str(own), *where, *WORDS, *words]
 
 
@@ -125,7 +125,7 @@ def test_two_processes_train_what_one_trains(
     ("strategy", "words", "said"),
     [
         ("fsdp", [], "trainer.strategy is fsdp, an older form"),
-        ("fsdp2", ["--model.memory.quantise", "nf4"], "not with model.memory.quantise"),
+        ("fsdp2", ["--model.memory.quantization", "nf4"], "not with model.memory.quantization"),
         ("fsdp2", ["--model.memory.compile", "true"], "not with model.memory.compile"),
         ("fsdp2", ["--model.lora.init", "pissa"], "not with model.lora.init"),
         ("fsdp2", ["--model.tokens", "{token: <disc>}"], "not with model.tokens"),

@@ -140,7 +140,7 @@ def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, format: str
 def test_other_kinds_are_written_and_read(
     recipe: Path, tmp_path: Path, tiny_base: Path, kind: str, format: str, algorithm: str
 ) -> None:
-    words = ["--model.lora.kind", kind, "--export.format", format, "--export.dtype", "float32"]
+    words = ["--model.lora.type", kind, "--export.format", format, "--export.dtype", "float32"]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     path = tmp_path / "run" / "lora.safetensors"
     ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_family(str(tiny_base))
@@ -157,7 +157,7 @@ KINDS = {"dora": "DoRA of LoRA", "loha": "LoHa", "lokr": "LoKr"}
 def test_a_kind_that_the_format_cannot_hold_is_refused_before_training(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "-c", str(recipe), "--model.lora.kind", "loha", "--export.format", "peft"]) == 2
+    assert main(["fit", "-c", str(recipe), "--model.lora.type", "loha", "--export.format", "peft"]) == 2
     assert "peft cannot hold loha; set export.format: kohya" in capsys.readouterr().err
     assert not (tmp_path / "run" / "lora.safetensors").exists()
 

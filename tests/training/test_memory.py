@@ -22,7 +22,7 @@ from loratune.lora.inject import LoRA
 from loratune.recipe.parse import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
-from loratune.training.memory import Memory, Released, quantise, release
+from loratune.training.memory import Memory, Unloaded, quantize, unload_encoders
 
 BUILTIN = "builtin:emoji-64"
 
@@ -52,7 +52,7 @@ def gradients(module: LoRAModule) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("kind", "layer", "share"), [("nf4", Linear4bit, 0.16), ("int8", Linear8bitLt, 0.27)])
 def test_quantised_layers_take_less_and_answer_alike(kind: Any, layer: type, share: float) -> None:
     plain = LoRAModule(BUILTIN, LoRA(rank=4))
-    held = LoRAModule(BUILTIN, LoRA(rank=4), memory=Memory(quantise=kind))
+    held = LoRAModule(BUILTIN, LoRA(rank=4), memory=Memory(quantization=kind))
     linear = [name for name, part in load_family(BUILTIN).network.named_modules() if type(part) is nn.Linear]
     weights = dict(held.family.network.named_modules())
     for name in linear:
@@ -67,9 +67,9 @@ def test_quantised_layers_take_less_and_answer_alike(kind: Any, layer: type, sha
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=4, kind="dora", targets="attention")])
+@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=4, type="dora", targets="attention")])
 def test_adapters_beside_quantised_layers_are_trained_in_float32(kind: Any, lora: LoRA, tiny_base: Path) -> None:
-    module = LoRAModule(str(tiny_base), lora, memory=Memory(quantise=kind, dtype="bfloat16"))
+    module = LoRAModule(str(tiny_base), lora, memory=Memory(quantization=kind, dtype="bfloat16"))
     trained = module.trained_parameters()
     assert all(parameter.dtype == torch.float32 for parameter in trained)
     found = gradients(module)
@@ -78,7 +78,7 @@ def test_adapters_beside_quantised_layers_are_trained_in_float32(kind: Any, lora
 
 
 def test_quantised_weights_still_pass_gradients_after_an_evaluation(tiny_base: Path) -> None:
-    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantise="nf4"))
+    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantization="nf4"))
     module.eval()
     with torch.no_grad():
         output_of(module)
@@ -87,8 +87,8 @@ def test_quantised_weights_still_pass_gradients_after_an_evaluation(tiny_base: P
 
 
 def test_quantise_of_a_text_encoder_that_is_adapted(tiny_base: Path) -> None:
-    alone = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantise="nf4"))
-    both = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(quantise="nf4"))
+    alone = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantization="nf4"))
+    both = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(quantization="nf4"))
     for module, there in ((alone, False), (both, True)):
         parts = module.family.components()
         assert any(isinstance(part, Linear4bit) for part in parts["text_encoder"].modules()) == there
@@ -123,7 +123,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(
     torch.manual_seed(0)
     plain = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"))
     torch.manual_seed(0)
-    again = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"), memory=Memory(checkpointing=True))
+    again = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"), memory=Memory(gradient_checkpointing=True))
     calls: list[int] = []
     original = checkpoint.checkpoint
     monkeypatch.setattr(checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
@@ -137,7 +137,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(
 
 
 def test_checkpointing_of_a_trained_text_encoder(tiny_base: Path) -> None:
-    module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(checkpointing=True))
+    module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(gradient_checkpointing=True))
     assert module.family.components()["text_encoder"].is_gradient_checkpointing
     assert any("text_encoder" in name and value.abs().max() > 0 for name, value in gradients(module).items())
 
@@ -210,22 +210,22 @@ def small(recipe: Path, *more: str) -> list[str]:
 
 
 def test_release_drops_all_but_the_network(recipe: Path, tmp_path: Path) -> None:
-    words = ("--model.memory.release", "true", "--model.objective.caption_dropout", "0.5")
+    words = ("--model.memory.unload_encoders", "true", "--model.objective.caption_dropout", "0.5")
     cli = run_recipe(small(recipe, *words))
     parts = cli.model.family.components()
-    assert isinstance(parts["vae"], Released)
-    assert isinstance(parts["text_encoder"], Released)
+    assert isinstance(parts["vae"], Unloaded)
+    assert isinstance(parts["text_encoder"], Unloaded)
     assert {name.split(".")[0] for name, _ in cli.model.family.named_parameters()} == {"network"}
     kept = run_recipe(small(recipe, "--trainer.default_root_dir", str(tmp_path / "kept")))
-    assert not any(isinstance(part, Released) for part in kept.model.family.components().values())
-    with pytest.raises(UserError, match="the text_encoder was released when training began"):
+    assert not any(isinstance(part, Unloaded) for part in kept.model.family.components().values())
+    with pytest.raises(UserError, match="the text_encoder was unloaded when training began"):
         cli.model.family.encode_prompts(["a red disc"])
 
 
 def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
     words = small(recipe, "--model.objective.caption_dropout", "0.5", "--export.dtype", "float32")
     written = []
-    for name, more in (("kept", []), ("dropped", ["--model.memory.release", "true"])):
+    for name, more in (("kept", []), ("dropped", ["--model.memory.unload_encoders", "true"])):
         assert main([*words, "--trainer.default_root_dir", str(tmp_path / name), *more]) == 0
         written.append(load_file(tmp_path / name / "lora.safetensors"))
     assert written[0].keys() == written[1].keys()
@@ -235,16 +235,16 @@ def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
 def test_released_parts_say_so(tiny_base: Path) -> None:
     family = load_family(str(tiny_base))
     shape = family.latent_shape(16, 16)
-    release(family)
+    unload_encoders(family)
     assert family.latent_shape(16, 16) == shape
-    with pytest.raises(UserError, match=r"memory.release is true: the vae was released"):
+    with pytest.raises(UserError, match=r"memory.unload_encoders is true: the vae was unloaded"):
         family.decode(torch.zeros(1, *shape))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_file_of_a_qlora_run_is_like_any_other(recipe: Path, tmp_path: Path, tiny_base: Path, kind: str) -> None:
     names = {}
-    for name, more in (("plain", []), (kind, ["--model.memory.quantise", kind])):
+    for name, more in (("plain", []), (kind, ["--model.memory.quantization", kind])):
         words = small(recipe, "--model.lora.targets", "all", "--trainer.default_root_dir", str(tmp_path / name), *more)
         assert main(words) == 0
         held = load_file(tmp_path / name / "lora.safetensors")
@@ -257,19 +257,25 @@ def test_the_file_of_a_qlora_run_is_like_any_other(recipe: Path, tmp_path: Path,
 
 def test_quantise_counts_what_it_changed() -> None:
     network = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 32, bias=False), nn.Conv2d(1, 1, 1)))
-    assert quantise(network, "nf4") == 2
-    assert quantise(network, "nf4") == 0
+    assert quantize(network, "nf4") == 2
+    assert quantize(network, "nf4") == 0
     assert isinstance(network.get_submodule("1.1"), nn.Conv2d)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["memory.quantise", "nf4", "lora.init", "pissa"], "memory.quantise is nf4, but lora.init pissa changes W_0"),
+        (
+            ["memory.quantization", "nf4", "lora.init", "pissa"],
+            "memory.quantization is nf4, but lora.init pissa changes W_0",
+        ),
         (["memory.dtype", "bfloat16", "lora.init", "olora"], "memory.dtype is bfloat16, but lora.init olora"),
-        (["memory.quantise", "int8", "lora.kind", "loha"], "memory.quantise is int8: not with lora.kind loha"),
-        (["memory.release", "true", "lora.text_encoder", "true"], "memory.release is true, but the text encoder is"),
-        (["memory.quantise", "nf3"], "'model.memory.quantise'"),
+        (["memory.quantization", "int8", "lora.type", "loha"], "memory.quantization is int8: not with lora.type loha"),
+        (
+            ["memory.unload_encoders", "true", "lora.text_encoder", "true"],
+            "memory.unload_encoders is true, but the text encoder is",
+        ),
+        (["memory.quantization", "nf3"], "'model.memory.quantization'"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(
@@ -281,25 +287,25 @@ def test_combinations_that_make_no_sense_are_refused(
 
 
 def test_release_and_samples_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model.memory.release", "true", "--samples.every_n_steps", "5", "--model.base", "nowhere"]
+    words = ["--model.memory.unload_encoders", "true", "--samples.every_n_steps", "5", "--model.base", "nowhere"]
     assert main(["fit", "-c", str(recipe), *words]) == 2
-    assert "memory.release is true, but samples.every_n_steps is 5" in capsys.readouterr().err
+    assert "memory.unload_encoders is true, but samples.every_n_steps is 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", [Memory(quantise="nf4"), Memory(dtype="bfloat16"), Memory(release=True)])
+@pytest.mark.parametrize("memory", [Memory(quantization="nf4"), Memory(dtype="bfloat16"), Memory(unload_encoders=True)])
 def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: Memory) -> None:
-    with pytest.raises(ValueError, match=r"^memory\.(quantise|dtype|release) is "):
+    with pytest.raises(ValueError, match=r"^memory\.(quantization|dtype|unload_encoders) is "):
         DiffusionModule("nowhere", memory=memory)
 
 
 def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
-    module = DiffusionModule(str(tiny_base), memory=Memory(checkpointing=True))
+    module = DiffusionModule(str(tiny_base), memory=Memory(gradient_checkpointing=True))
     assert module.family.network.is_gradient_checkpointing
 
 
 def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent.parent / "recipes" / "sdxl-qlora.yaml"
-    words = ["--model.base", str(tiny_base), "--data.path", str(images), "--data.size", "16"]
+    words = ["--model.base", str(tiny_base), "--data.path", str(images), "--data.resolution", "16"]
     words += ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator"]
     cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache", str(tmp_path / "cache")])
     assert cli.trainer.global_step == 2

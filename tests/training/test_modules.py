@@ -24,14 +24,15 @@ from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
 from loratune.training.objectives import Objective
 from loratune.training.randomness import generator
-from loratune.training.schedules import Schedule
+from loratune.training.schedules import LRSchedule
 
 PIXELS = """\
-trainer: {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, enable_progress_bar: false}}
+trainer:
+  {{default_root_dir: {out}, max_steps: {steps}, accelerator: cpu, precision: 32-true, enable_progress_bar: false}}
 model:
   class_path: {model}
   init_args: {init}
-data: {{path: {data}, size: 16, batch_size: 4, validation_percent: 25}}
+data: {{path: {data}, resolution: 16, batch_size: 4, validation_percent: 25}}
 samples: {{every_n_steps: 0}}
 """
 
@@ -159,7 +160,7 @@ def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, im
     vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
     base = f"{{vae: {vae}, channels: [16, 16], heads: [2, 2], text_width: 16, text_layers: 1, latent_size: 8}}"
     init = f"{{trainable: [unet, text_encoder], base: {{class_path: NewStableDiffusion, init_args: {base}}}}}"
-    cache = ["--data.cache", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
+    cache = ["--data.cache_dir", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
     out = fit(tmp_path, images, "DiffusionModule", init, "ldm", 4, *cache)
     made = load_family(str(out / "base-4"))
     average = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
@@ -197,14 +198,14 @@ def test_ema_is_its_formula_and_swaps_in_and_out() -> None:
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_schedules_warm_up_and_end(name: Any) -> None:
-    schedule = Schedule(name, warmup_steps=10)
+    schedule = LRSchedule(name, warmup_steps=10)
     factors = [schedule.factor(step, 100) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[9] < factors[10] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(1.0 if name == "constant" else 0.0)
     assert factors[55] == pytest.approx({"constant": 1, "linear": 0.5, "cosine": (1 + math.cos(math.pi / 2)) / 2}[name])
     with pytest.raises(ValueError, match="warmup_steps is -1"):
-        Schedule(name, warmup_steps=-1)
+        LRSchedule(name, warmup_steps=-1)
 
 
 def test_kl_equals_torch_distributions() -> None:

@@ -15,7 +15,7 @@ from loratune.diffusion import process
 from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.load import load_family
 from loratune.families.pixels import PixelDDPM
-from loratune.families.sampling import make_sampler
+from loratune.families.sampling import make_scheduler
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoRALayer
 from loratune.lora.load import load_with
@@ -44,11 +44,11 @@ def losses(module: DiffusionModule, objective: Objective, **more: Tensor) -> Ten
     "set_to",
     [
         {"min_snr_gamma": 5.0},
-        {"debiased": True},
-        {"huber": 0.1},
-        {"huber": 0.1, "huber_schedule": "exponential"},
-        {"huber": 0.1, "huber_schedule": "snr"},
-        {"offset_noise": 0.1},
+        {"debiased_estimation": True},
+        {"huber_c": 0.1},
+        {"huber_c": 0.1, "huber_schedule": "exponential"},
+        {"huber_c": 0.1, "huber_schedule": "snr"},
+        {"noise_offset": 0.1},
         {"pyramid_noise": 0.3},
         {"input_perturbation": 0.1},
     ],
@@ -58,7 +58,7 @@ def test_every_knob_does_something(module: DiffusionModule, set_to: dict[str, An
     assert torch.isfinite(turned).all()
     assert not torch.allclose(plain, turned)
     if set_to.get("huber_schedule"):
-        assert not torch.allclose(turned, losses(module, Objective(huber=0.1)))
+        assert not torch.allclose(turned, losses(module, Objective(huber_c=0.1)))
 
 
 def test_perturbed_inputs_keep_the_plain_target(module: DiffusionModule) -> None:
@@ -81,7 +81,7 @@ def test_a_mask_takes_the_loss_from_where_it_is_zero(module: DiffusionModule) ->
 
 def test_the_held_out_loss_does_not_see_the_tricks(module: DiffusionModule) -> None:
     values = []
-    for objective in (Objective(), Objective(offset_noise=0.5, input_perturbation=0.5, pyramid_noise=0.5)):
+    for objective in (Objective(), Objective(noise_offset=0.5, input_perturbation=0.5, pyramid_noise=0.5)):
         module.objective, logged = objective, []
         module.log = lambda name, value, **_: logged.append(float(value))  # type: ignore[method-assign, misc, assignment] # noqa: B023
         pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=generator("cpu", 1), dtype=torch.uint8)
@@ -93,43 +93,46 @@ def test_the_held_out_loss_does_not_see_the_tricks(module: DiffusionModule) -> N
 
 
 def test_timesteps_follow_their_density() -> None:
-    def draw(**set_to: Any) -> Tensor:
+    def drawn(**set_to: Any) -> Tensor:
         return Timesteps(**set_to).draw(20000, 1000, generator("cpu", 0)).float()
 
-    plain = draw()
+    plain = drawn()
     assert (plain.min(), plain.max()) == (0, 999)
     assert abs(float(plain.mean()) - 499.5) < 8  # 4 deviations of the mean of 20,000
-    middle = draw(density="logit-normal")
+    middle = drawn(distribution="logit_normal")
     assert float(middle.std()) < 0.8 * float(plain.std())
-    assert float(draw(density="logit-normal", mean=1.0).mean()) > float(middle.mean()) + 100
-    assert float(draw(shift=3.0).mean()) > float(plain.mean()) + 100
-    part = draw(start=0.2, stop=0.6)
+    assert float(drawn(distribution="logit_normal", mean=1.0).mean()) > float(middle.mean()) + 100
+    assert float(drawn(shift=3.0).mean()) > float(plain.mean()) + 100
+    part = drawn(min=0.2, max=0.6)
     assert (part.min(), part.max()) == (200, 599)
-    shifted = draw(start=0.2, stop=0.6, shift=3.0)
+    shifted = drawn(min=0.2, max=0.6, shift=3.0)
     assert (shifted.min() >= 200) & (shifted.max() == 599)
-    assert draw(start=0.5, stop=0.5001).unique().tolist() == [500]
+    assert drawn(min=0.5, max=0.5001).unique().tolist() == [500]
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Objective(debiased=True, min_snr_gamma=5.0), "debiased and min_snr_gamma both weigh"),
-        (lambda: Objective(huber_schedule="snr"), "huber_schedule is 'snr', but huber is null"),
-        (lambda: Objective(huber=0.0), "huber is 0.0; give a number between 0 and 1"),
+        (
+            lambda: Objective(debiased_estimation=True, min_snr_gamma=5.0),
+            "debiased_estimation and min_snr_gamma both weigh",
+        ),
+        (lambda: Objective(huber_schedule="snr"), "huber_schedule is 'snr', but huber_c is null"),
+        (lambda: Objective(huber_c=0.0), "huber_c is 0.0; give a number between 0 and 1"),
         (lambda: Objective(pyramid_noise=1.0), "pyramid_noise is 1.0"),
-        (lambda: Objective(offset_noise=-0.1), "offset_noise is -0.1; give a number from 0 to 1"),
+        (lambda: Objective(noise_offset=-0.1), "noise_offset is -0.1; give a number from 0 to 1"),
         (lambda: Objective(input_perturbation=2), "input_perturbation is 2"),
         (lambda: Objective(caption_dropout=1.5), "caption_dropout is 1.5"),
-        (lambda: Timesteps(start=0.5, stop=0.5), "start is 0.5, stop 0.5"),
+        (lambda: Timesteps(min=0.5, max=0.5), "min is 0.5, max 0.5"),
         (lambda: Timesteps(shift=0.0), "shift is 0.0"),
-        (lambda: Timesteps(mean=1.0), "set density to logit-normal"),
+        (lambda: Timesteps(mean=1.0), "set distribution to logit_normal"),
         (lambda: Timesteps(shift=float("nan")), "shift is nan"),
-        (lambda: Timesteps("logit-normal", mean=float("inf")), "mean inf; give numbers"),
-        (lambda: Timesteps("logit-normal", std=float("inf")), "std inf"),
+        (lambda: Timesteps("logit_normal", mean=float("inf")), "mean inf; give numbers"),
+        (lambda: Timesteps("logit_normal", std=float("inf")), "std inf"),
         (lambda: Objective(min_snr_gamma=float("nan")), "min_snr_gamma is nan"),
-        (lambda: Objective(huber=float("nan")), "huber is nan"),
+        (lambda: Objective(huber_c=float("nan")), "huber_c is nan"),
         (lambda: Objective(pyramid_noise=float("nan")), "pyramid_noise is nan"),
-        (lambda: Objective(offset_noise=float("nan")), "offset_noise is nan"),
+        (lambda: Objective(noise_offset=float("nan")), "noise_offset is nan"),
         (lambda: Objective(prediction="eps", zero_terminal_snr=True), "prediction 'eps' learns nothing where zero"),
     ],
 )
@@ -151,7 +154,7 @@ def test_zero_terminal_snr_rescales_the_schedule_for_the_loss_and_for_drawing() 
     betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
     torch.testing.assert_close(bars, process.alpha_bars(betas).to(bars), rtol=1e-9, atol=1e-12)
     assert bars[-1] == 0 < plain.noise_schedule.a[-1]
-    sampler = make_sampler("ddim", module.family.scheduler_config)
+    sampler = make_scheduler("ddim", module.family.scheduler_config)
     torch.testing.assert_close(sampler.alphas_cumprod, bars.float(), rtol=1e-5, atol=1e-6)
     sampler.set_timesteps(10)
     assert sampler.timesteps[0] == 999
@@ -159,7 +162,7 @@ def test_zero_terminal_snr_rescales_the_schedule_for_the_loss_and_for_drawing() 
     assert torch.equal(again.family.noise_schedule.a.square(), bars)  # a schedule that ends in noise is left as it is
 
 
-@pytest.mark.parametrize("set_to", [{"min_snr_gamma": 5.0}, {"debiased": True}])
+@pytest.mark.parametrize("set_to", [{"min_snr_gamma": 5.0}, {"debiased_estimation": True}])
 def test_weights_are_of_the_rescaled_schedule(set_to: dict[str, Any]) -> None:
     module = DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True, **set_to))
     weighed = losses(module, module.objective)
@@ -168,7 +171,7 @@ def test_weights_are_of_the_rescaled_schedule(set_to: dict[str, Any]) -> None:
     betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
     bars = process.alpha_bars(betas)[t]
     snr = bars / (1 - bars)
-    wanted = (snr.sqrt() if "debiased" in set_to else snr.clamp(max=5.0)) / (snr + 1)
+    wanted = (snr.sqrt() if "debiased_estimation" in set_to else snr.clamp(max=5.0)) / (snr + 1)
     torch.testing.assert_close((weighed / plain).double(), wanted, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weighed, losses(DiffusionModule(pixels()), module.objective))
 
@@ -182,7 +185,7 @@ def test_another_prediction_is_the_targets_and_the_samplers() -> None:
     kept.family.load_state_dict(module.family.state_dict())
     assert torch.equal(losses(module, Objective()), losses(same, Objective()))
     assert not torch.allclose(losses(module, Objective()), losses(kept, Objective()))
-    assert make_sampler("ddim", module.family.scheduler_config).config.prediction_type == "v_prediction"
+    assert make_scheduler("ddim", module.family.scheduler_config).config.prediction_type == "v_prediction"
 
 
 def test_a_schedule_that_ends_in_noise_is_refused_for_eps() -> None:
@@ -223,7 +226,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
 
 
 def test_training_draws_its_steps_from_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = DiffusionModule(pixels(), objective=Objective(timesteps=Timesteps(start=0.9)))
+    module: Any = DiffusionModule(pixels(), objective=Objective(timesteps=Timesteps(min=0.9)))
     drawn: list[Tensor] = []
 
     def kept(batch: Any, t: Tensor, *_: Any) -> Tensor:

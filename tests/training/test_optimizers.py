@@ -20,7 +20,7 @@ from loratune.recipe.parse import run as run_recipe
 from loratune.training import schedules
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective
-from loratune.training.schedules import Schedule, evaluated, fuse
+from loratune.training.schedules import LRSchedule, evaluated, fuse
 
 OPTIMIZERS = {
     "prodigyopt.Prodigy": "{lr: 1.0, weight_decay: 0.01}",
@@ -124,7 +124,7 @@ def test_an_average_of_an_average_is_refused(recipe: Path, capsys: pytest.Captur
 DIFFUSERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear": ("linear", {}, {}),
     "cosine": ("cosine", {}, {}),
-    "cosine-restarts": ("cosine_with_restarts", {"cycles": 3}, {"num_cycles": 3}),
+    "cosine_with_restarts": ("cosine_with_restarts", {"num_cycles": 3}, {"num_cycles": 3}),
     "polynomial": ("polynomial", {"power": 2.0}, {"power": 2.0}),
 }
 
@@ -134,7 +134,7 @@ def test_a_schedule_is_that_of_diffusers_after_the_warm_up(name: str) -> None:
     theirs, own, given = DIFFUSERS[name]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=4, num_training_steps=40, **given)
-    ours = Schedule(name=name, warmup_steps=4, **own)  # type: ignore[arg-type]
+    ours = LRSchedule(name=name, warmup_steps=4, **own)  # type: ignore[arg-type]
     for step in range(41):
         if step >= 4:
             # diffusers' polynomial ends at 1e-7, for which it has no name.
@@ -146,37 +146,39 @@ def test_a_schedule_is_that_of_diffusers_after_the_warm_up(name: str) -> None:
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
-        (Schedule("constant"), [1.0, 1.0, 1.0]),
-        (Schedule("constant", warmup_steps=1), [0.5, 1.0, 1.0]),
-        (Schedule("linear", final=0.2), [1.0, 0.6, 0.2]),
-        (Schedule("cosine", final=0.5), [1.0, 0.75, 0.5]),
-        (Schedule("polynomial", power=2.0, final=0.2), [1.0, 0.4, 0.2]),
-        (Schedule("cosine-restarts", cycles=2), [1.0, 1.0, 0.0]),
+        (LRSchedule("constant"), [1.0, 1.0, 1.0]),
+        (LRSchedule("constant", warmup_steps=1), [0.5, 1.0, 1.0]),
+        (LRSchedule("linear", min_lr_ratio=0.2), [1.0, 0.6, 0.2]),
+        (LRSchedule("cosine", min_lr_ratio=0.5), [1.0, 0.75, 0.5]),
+        (LRSchedule("polynomial", power=2.0, min_lr_ratio=0.2), [1.0, 0.4, 0.2]),
+        (LRSchedule("cosine_with_restarts", num_cycles=2), [1.0, 1.0, 0.0]),
     ],
 )
-def test_a_schedule_at_the_start_the_middle_and_the_end(schedule: Schedule, factors: list[float]) -> None:
+def test_a_schedule_at_the_start_the_middle_and_the_end(schedule: LRSchedule, factors: list[float]) -> None:
     assert [schedule.factor(step, 2) for step in range(3)] == pytest.approx(factors)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"name": "cosine", "cycles": 2}, "schedule.cycles is of the name cosine-restarts, not cosine"),
-        ({"name": "cosine-restarts"}, "give schedule.cycles too"),
-        ({"name": "cosine-restarts", "cycles": 1}, "schedule.cycles is 1; give 2 or more"),
-        ({"name": "polynomial", "power": 0.0}, "schedule.power is 0.0; give a number above 0"),
-        ({"name": "linear", "power": 1.0}, "schedule.power is of the name polynomial"),
-        ({"name": "linear", "final": 1.0}, "schedule.final is 1.0"),
-        ({"name": "constant", "final": 0.1}, "schedule.final says nothing of the name 'constant'"),
+        ({"name": "cosine", "num_cycles": 2}, "lr_schedule.num_cycles is of the name cosine_with_restarts, not cosine"),
+        ({"name": "cosine_with_restarts"}, "give lr_schedule.num_cycles too"),
+        ({"name": "cosine_with_restarts", "num_cycles": 1}, "lr_schedule.num_cycles is 1; give 2 or more"),
+        ({"name": "polynomial", "power": 0.0}, "lr_schedule.power is 0.0; give a number above 0"),
+        ({"name": "linear", "power": 1.0}, "lr_schedule.power is of the name polynomial"),
+        ({"name": "linear", "min_lr_ratio": 1.0}, "lr_schedule.min_lr_ratio is 1.0"),
+        ({"name": "constant", "min_lr_ratio": 0.1}, "lr_schedule.min_lr_ratio says nothing of the name 'constant'"),
     ],
 )
 def test_senseless_schedules_are_refused(given: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected.replace("'", ".")):
-        Schedule(**given)
+        LRSchedule(**given)
 
 
 def test_a_schedule_moves_the_rate_of_a_run(recipe: Path) -> None:
-    cli = run_recipe(["fit", "-c", str(recipe), "--model.schedule.name", "linear", "--model.schedule.final", "0.1"])
+    cli = run_recipe(
+        ["fit", "-c", str(recipe), "--model.lr_schedule.name", "linear", "--model.lr_schedule.min_lr_ratio", "0.1"]
+    )
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.1)
 
 
@@ -245,9 +247,9 @@ def modules(tiny_base: Path) -> dict[str, LoRAModule]:
     """Modules of several kinds; the objective asks for all that it can."""
     everything = Objective(
         min_snr_gamma=5.0,
-        huber=0.1,
+        huber_c=0.1,
         huber_schedule="snr",
-        offset_noise=0.1,
+        noise_offset=0.1,
         input_perturbation=0.1,
         caption_dropout=0.5,
     )
