@@ -13,14 +13,8 @@ from loratune.errors import UserError
 from loratune.evaluation.grids import grid
 from loratune.families.prompts import Prompts, parse_weights
 from loratune.families.sampling import make_scheduler, sample_images
-from loratune.families.sd import StableDiffusion
 from loratune.formats.images import to_image
 from loratune.lora.load import load_with
-
-
-def own_size(family: StableDiffusion) -> int:
-    """The side of the images a base was made for, in pixels."""
-    return int(family.network.config["sample_size"] * 2 ** (len(family.vae.config["block_out_channels"]) - 1))
 
 
 def sample(
@@ -51,16 +45,16 @@ def sample(
         raise UserError(f"--{str(error).removeprefix('prompts.')}") from None
     for prompt in prompts if weights else ():
         parse_weights(prompt)
-    family = load_with(base, lora, device, embedding)
-    family.prompts = told
-    make_scheduler(sampler, family.scheduler_config)
+    model = load_with(base, lora, device, embedding)
+    model.prompts = told
+    make_scheduler(model, sampler)
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
-    side = size or own_size(family)
+    height, width = (size, size) if size else model.image_size()
     drawn: list[Tensor] = []
     parts = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
     for part in track(parts, description="drawing", transient=True):
         texts, seeds = [prompt for prompt, _ in part], [one for _, one in part]
-        drawn.extend(sample_images(family, texts, seeds, side, side, steps, guidance_scale, sampler).cpu())
+        drawn.extend(sample_images(model, texts, seeds, height, width, steps, guidance_scale, sampler).cpu())
     out.mkdir(parents=True, exist_ok=True)
     images = [to_image(pixels) for pixels in drawn]
     for number, (image, (prompt, one)) in enumerate(zip(images, wanted, strict=True)):
@@ -72,7 +66,7 @@ def sample(
         print(f"{len(images)} images and their captions are in {out}")
         return
     rows = [[images[i * count + n] for i in range(len(prompts))] for n in range(count)]
-    grid(rows, prompts, [f"seed {seed + n}" for n in range(count)], cell=max(128, side)).save(out / "grid.png")
+    grid(rows, prompts, [f"seed {seed + n}" for n in range(count)], cell=max(128, height, width)).save(out / "grid.png")
     print(f"{len(images)} images and grid.png are in {out}")
 
 

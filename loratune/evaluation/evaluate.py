@@ -31,7 +31,7 @@ from loratune.evaluation.paired import (
     levels as middles,
 )
 from loratune.evaluation.run_page import write_page
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.lora.norms import norms_by_block
 from loratune.runs.history import History
 from loratune.training.diffusion_module import DiffusionModule
@@ -108,7 +108,7 @@ class Evaluate(L.Callback):
             told = type(trainer.strategy).__name__
             log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
             return
-        self._steps = len(pl_module.family.noise_schedule)
+        self._steps = len(pl_module.model.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
             self._sets = self._choose(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             self._base = self._outputs(pl_module)
@@ -142,10 +142,10 @@ class Evaluate(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The figures and the page, when all else is done."""
-        family = getattr(pl_module, "family", None)
+        model = getattr(pl_module, "model", None)
         unloaded = getattr(getattr(pl_module, "memory", None), "unload_encoders", False)
-        if self.figures and isinstance(family, Family) and not unloaded and draws(trainer):
-            draw_figures(trainer, pl_module, family, self.seed)
+        if self.figures and isinstance(model, Model) and not unloaded and draws(trainer):
+            draw_figures(trainer, pl_module, model, self.seed)
         self._write(trainer)
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -155,7 +155,7 @@ class Evaluate(L.Callback):
         made: dict[str, list[Chunk]] = {}
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
             if len(rows) and self.images:
-                made[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
+                made[name] = fixed_chunks(module.model, rows, self.images, data.batch_size)
         if self.prompts:
             made[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
         return made
@@ -211,7 +211,7 @@ class Evaluate(L.Callback):
         (t, losses), module.latest = module.latest, None
         if self._sums is None:
             self._sums = torch.zeros(2, self.levels, device=losses.device)
-        steps = len(module.family.noise_schedule)
+        steps = len(module.model.noise_schedule)
         self._sums = add(self._sums.to(losses.device), t, losses, steps)
         done = trainer.global_step
         if done == self._step or done % trainer.log_every_n_steps:  # type: ignore[attr-defined]

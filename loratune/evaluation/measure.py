@@ -15,9 +15,8 @@ from loratune.data.sources import read_source
 from loratune.diffusion.objective import psnr
 from loratune.errors import UserError
 from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.families.sampling import sample_images
-from loratune.families.sd import StableDiffusion
 from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.load import load_with
 
@@ -64,29 +63,27 @@ def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
+def measure_vae(model: Model, reals: Tensor) -> dict[str, Any]:
     """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
     values = []
-    for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
-        x = family.x_0(family.encode_images(part), None)
-        values.append(psnr(family.decode(x), part))
+    for part in track(reals.to(model.device).split(16), description="VAE", transient=True):
+        x = model.x_0(model.encode_images(part), None)
+        values.append(psnr(model.decode(x), part))
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
 
-def draw_all(
-    family: Family, captions: Sequence[str], size: int, steps: int, guidance_scale: float, seed: int
-) -> Tensor:
+def draw_all(model: Model, captions: Sequence[str], size: int, steps: int, guidance_scale: float, seed: int) -> Tensor:
     """An image for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
     made = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [seed + start + i for i in range(len(part))]
-        made.append(sample_images(family, part, seeds, size, size, steps, guidance_scale).cpu())
+        made.append(sample_images(model, part, seeds, size, size, steps, guidance_scale).cpu())
     return torch.cat(made)
 
 
 def measure_nearest(
-    family: StableDiffusion,
+    model: Model,
     reals: Tensor,
     captions: Sequence[str],
     samples: int,
@@ -98,7 +95,7 @@ def measure_nearest(
     """The nearest-image rates over samples of captions chosen at random."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
-    made = draw_all(family, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
+    made = draw_all(model, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
     rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
     return rates | {"samples": len(chosen), "guidance_scale": guidance_scale, "steps": steps}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from loratune.evaluation.figures import save_figure
 from loratune.evaluation.grids import captioned, grid
 from loratune.evaluation.paired import check_weights, evaluating, weighted
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
 from loratune.training.sharding import draws
@@ -74,14 +74,14 @@ class SampleGrid(L.Callback):
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        family = getattr(pl_module, "family", None)
+        model = getattr(pl_module, "model", None)
         step = trainer.global_step
-        if not isinstance(family, Family) or not draws(trainer) or step == self._drawn_at:
+        if not isinstance(model, Model) or not draws(trainer) or step == self._drawn_at:
             return
         self._drawn_at = step
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
-            rows = [self._row(trainer, pl_module, family, prompts, weight) for weight in self.weights]
+            rows = [self._row(trainer, pl_module, model, prompts, weight) for weight in self.weights]
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
@@ -96,23 +96,23 @@ class SampleGrid(L.Callback):
                 logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
 
     def _row(
-        self, trainer: L.Trainer, module: L.LightningModule, family: Family, prompts: Sequence[str], weight: float
+        self, trainer: L.Trainer, module: L.LightningModule, model: Model, prompts: Sequence[str], weight: float
     ) -> Tensor:
         if weight == 0 and self._base is not None:
             return self._base
         size = trainer.datamodule.resolution  # type: ignore[attr-defined]
         with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
             most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-            pixels = torch.cat([self._pixels(family, prompts, at, most, size) for at in range(0, len(prompts), most)])
+            pixels = torch.cat([self._pixels(model, prompts, at, most, size) for at in range(0, len(prompts), most)])
         if weight == 0:
             self._base = pixels
         return pixels
 
-    def _pixels(self, family: Family, prompts: Sequence[str], start: int, count: int, size: int) -> Tensor:
+    def _pixels(self, model: Model, prompts: Sequence[str], start: int, count: int, size: int) -> Tensor:
         """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
         some = prompts[start : start + count]
         seeds = [self.seed + start + i for i in range(len(some))]
-        return sample_images(family, some, seeds, size, size, self.steps, self.guidance_scale, self.sampler).cpu()
+        return sample_images(model, some, seeds, size, size, self.steps, self.guidance_scale, self.sampler).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

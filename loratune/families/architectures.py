@@ -112,7 +112,10 @@ def detect(header: Header) -> str | None:
     """The known architecture whose every tensor is in the file with its shape, or None; dtypes do not matter."""
     tensors = header.tensors
     for name, configs in _architectures().items():
-        if any(key not in tensors or tensors[key].shape != shape for key, shape in family_of(configs).distinctive(configs).items()):
+        if any(
+            key not in tensors or tensors[key].shape != shape
+            for key, shape in family_of(configs).distinctive(configs).items()
+        ):
             continue
         if all(key in tensors and tensors[key].shape in shapes for key, shapes in _taken(name).items()):
             return name

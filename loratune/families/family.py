@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from loratune.families.layouts import Config, Layer, Shape
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from loratune.diffusion.process import Prediction
     from loratune.diffusion.schedule import NoiseSchedule
@@ -85,7 +85,7 @@ class Part:
     prefix: str
     layers: Layers
     block: str = ""
-    blocks: Mapping[str, str] = NONE
+    blocks: tuple[tuple[str, str], ...] = ()
     kohya: tuple[str, ...] = ()
     canonical: Callable[[str], str | None] = same_key
     float32: bool = False
@@ -195,7 +195,7 @@ class Family(ABC):
         """What a single file says of its noise schedule, as a diffusers scheduler has it; {} where it says nothing."""
         return {}
 
-    def complete(self, configs: Configs, header: Header, values: Callable[[str], Any]) -> None:
+    def complete(self, configs: Configs, header: Header, values: Callable[[str], Any]) -> None:  # noqa: B027
         """Put into configurations what a single file's header leaves open.
 
         Args:
@@ -253,7 +253,7 @@ class Family(ABC):
 
     # What is asked of a loaded model.
 
-    def prepare(self, model: Model) -> None:
+    def prepare(self, model: Model) -> None:  # noqa: B027
         """Set a model that was just put together as it is used."""
 
     def load_tokenizer(self, path: Path, name: str) -> Any:

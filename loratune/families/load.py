@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,8 +32,8 @@ def without_weights() -> Iterator[None]:
         _WITHOUT_WEIGHTS.reset(token)
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, exact: Collection[str] = ()) -> Model:
-    """A base by name, with its weights in `dtype` but the `exact` components in float32, to train or sample.
+def load_model(name: str, dtype: torch.dtype = torch.float32, vae_exact: bool = False) -> Model:
+    """A base by name, with its weights in `dtype`, the VAE's with `vae_exact` in float32, to train or sample.
 
     Raises:
         UserError: no such base, not safetensors, damaged, not whole, or of a family that is not supported.
@@ -44,7 +44,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, exact: Collection[
         raise UserError(f"{name}: {what}, but not trained or sampled here; give a base for text to image")
     base.require_whole("training or sampling")
     weights = None if _WITHOUT_WEIGHTS.get() else base.weights()
-    return build(base.configs, weights, tokenizers_of(base.path, base.family), dtype, name, exact)
+    return build(base.configs, weights, tokenizers_of(base.path, base.family), dtype, name, vae_exact)
 
 
 def tokenizers_of(path: Path, family: Family) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def build(
     tokenizers: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
     source: str = "",
-    exact: Collection[str] = (),
+    vae_exact: bool = False,
 ) -> Model:
     """A base from configurations and weights; every weight must fit and none may be missing.
 
@@ -71,7 +71,7 @@ def build(
     for part in family.parts:
         with init_empty_weights(include_buffers=False):  # no memory, and no random numbers, for what is replaced
             module = modules[part.name] = part.new(configs[part.name])
-        own = torch.float32 if part.float32 or part.name in exact else dtype
+        own = torch.float32 if part.float32 or (vae_exact and part.role == "vae") else dtype
         if weights is None:
             module.to(own)
             continue

@@ -79,7 +79,7 @@ UNET_PART = Part(
     UNET,
     unet_layers,
     block="unet",
-    blocks=MappingProxyType({"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}),
+    blocks=(("down_blocks", "down"), ("mid_block", "mid"), ("up_blocks", "up")),
     kohya=("lora_unet_", "lycoris_"),
     shards=("BasicTransformerBlock", "ResnetBlock2D"),
 )
@@ -100,11 +100,14 @@ TEXT_PART = Part(
 
 
 class StableDiffusion(LatentFamily, DDPMFamily):
-    """Stable Diffusion 1.x. A condition is `text` (B, 77 N, d) for N windows, and with several `text_mask` (B, 77 N)."""
+    """Stable Diffusion 1.x.
+
+    A condition is `text` (B, 77 N, d) for N windows, and with several also `text_mask` (B, 77 N).
+    """
 
     name = "sd1"
     title = "Stable Diffusion 1.x"
-    parts = (UNET_PART, VAE_PART, TEXT_PART)
+    parts: ClassVar[tuple[Part, ...]] = (UNET_PART, VAE_PART, TEXT_PART)
     pipeline = "StableDiffusionPipeline"
     model_index = MappingProxyType(
         {"requires_safety_checker": False, "safety_checker": NOTHING, "feature_extractor": NOTHING}
@@ -215,7 +218,7 @@ class StableDiffusion(LatentFamily, DDPMFamily):
         return made
 
     def encode_prompts(self, model: Model, captions: Sequence[str]) -> Condition:
-        """`text` (B, 77 N, d), the last hidden states; with several windows `text_mask` is true where they are filled."""
+        """`text`, the last hidden states; with several windows `text_mask` is true where a caption fills one."""
         read = self.read(model, captions)
         states = model.text_encoder(read.ids.to(model.device, non_blocking=True)).last_hidden_state.float()
         return self.joined(model, states, read)
@@ -284,9 +287,9 @@ class StableDiffusion2(StableDiffusion):
         """
         if self._inpainting(configs):
             return
-        if "prediction_type" not in self.stated(header) and (spread := values(SPREAD_KEY)).size:
-            if spread.std() > V_SPREAD:
-                configs["scheduler"]["prediction_type"] = "v_prediction"
+        bias = () if "prediction_type" in self.stated(header) else values(SPREAD_KEY)
+        if len(bias) and bias.std() > V_SPREAD:
+            configs["scheduler"]["prediction_type"] = "v_prediction"
         if _is_v(configs):
             configs["unet"]["sample_size"] = 96
 

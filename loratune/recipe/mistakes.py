@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from loratune.errors import UserError
-from loratune.families.family import Family
+from loratune.families.family import Architecture
 
-NAMED_CLASSES = (torch.optim.Optimizer, L.Callback, L.LightningModule, Family)
+NAMED_CLASSES = (torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture)
 
 
 def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from loratune.families.sd import TOKENIZER, text_config
-from loratune.families.single_file import canonical_keys, module_text_keys
+from loratune.families.sd import TEXT_PART, TOKENIZER, text_config
+from loratune.families.single_file import module_keys
 from loratune.formats.images import normalise
 from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 
@@ -80,8 +80,7 @@ class ContrastiveModule(L.LightningModule):
     def text_encoder(self) -> CLIPTextModel:
         """The text tower alone, as Stable Diffusion takes it."""
         made = CLIPTextModel(self.clip.config.text_config)
-        held = canonical_keys("text_encoder", self.clip.text_model.state_dict())
-        made.load_state_dict(module_text_keys(held, made.state_dict().keys()))
+        made.load_state_dict(module_keys(TEXT_PART, self.clip.text_model.state_dict(), made.state_dict().keys()))
         return made
 
     def configure_optimizers(self) -> Any:

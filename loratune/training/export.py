@@ -13,10 +13,8 @@ import torch
 from loratune import __version__
 from loratune.errors import UserError
 from loratune.families.base import base_hash
-from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
-from loratune.families.pipelines import lora_metadata
+from loratune.families.model import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.save import configs_of, save_diffusers_folder
-from loratune.families.sd import StableDiffusion
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LowRank
 from loratune.lora.metadata import standard_metadata, tag_frequency
@@ -24,6 +22,7 @@ from loratune.lora.tokens import Embedding, write_embedding
 from loratune.lora.verify import verify
 from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
+from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.lora_module import LoRAModule
 from loratune.training.sharding import draws
@@ -93,9 +92,9 @@ class Export(L.Callback):
                 pl_module.vae.save_pretrained(folder / "vae")
         elif isinstance(pl_module, ContrastiveModule) and trainer.is_global_zero:
             pl_module.text_encoder().save_pretrained(folder / "text_encoder")
-        elif isinstance(family := getattr(pl_module, "family", None), StableDiffusion) and trainer.is_global_zero:
+        elif isinstance(pl_module, DiffusionModule) and pl_module.model.family.pipeline and trainer.is_global_zero:
             with averaged(trainer, pl_module):
-                save_diffusers_folder(family, folder / f"base-{trainer.global_step}", self.dtype)
+                save_diffusers_folder(pl_module.model, folder / f"base-{trainer.global_step}", self.dtype)
 
     def _write_lora(self, trainer: L.Trainer, module: LoRAModule, name: str) -> None:
         if not draws(trainer):
@@ -141,21 +140,21 @@ def _drawing(module: LoRAModule) -> dict[str, str]:
 
 def _standard(trainer: L.Trainer, module: LoRAModule, layers: Mapping[str, LowRank]) -> dict[str, str]:
     """What other programs show of a LoRA."""
-    family = module.family
-    kind = lora_metadata(configs_of(family)) if isinstance(family, StableDiffusion) else {}
+    model = module.model
+    configs = configs_of(model)
     maker, arguments = MODULES[module.lora.type]
     ranks, alphas = ({getattr(layer, key) for layer in layers.values()} for key in ("rank", "alpha"))
     return standard_metadata(
         rank=ranks.pop() if len(ranks) == 1 else None,
         alpha=alphas.pop() if len(alphas) == 1 else None,
         name=Path(trainer.default_root_dir).name,
-        base_model=kind.get("base_model", "sd_v1"),
-        architecture=kind.get("architecture", "stable-diffusion-v1/lora"),
+        base_model=model.family.kohya_version(configs),
+        architecture=f"{model.family.modelspec(configs)}/lora",
         module=maker,
         arguments=arguments,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         resolution=getattr(_data(trainer), "size", None),
-        prediction=PREDICTIONS.get(family.prediction, family.prediction),
+        prediction=PREDICTIONS.get(model.prediction, model.prediction),
         tags=_tags(trainer),
     )
 
