@@ -64,14 +64,16 @@ def lines_of(recipe: str, found: Audit) -> list[str]:
     for fault in found.findings:
         lines += ["", *_finding(fault)]
     told = (
-        "Nothing to mend." if not found.findings else "To mend: " + ", ".join(one.told for one in found.findings) + "."
+        "Nothing to mend."
+        if not found.findings
+        else "To mend: " + ", ".join(one.message for one in found.findings) + "."
     )
     return [*lines, "", told]
 
 
 def _finding(one: Finding) -> list[str]:
     more = [f"  and {len(one.names) - NAMED} more (--json FILE has all)"] if len(one.names) > NAMED else []
-    return [f"{len(one.names)} {one.told}; {one.mend}:", *(f"  {name}" for name in one.names[:NAMED]), *more]
+    return [f"{len(one.names)} {one.message}; {one.mend}:", *(f"  {name}" for name in one.names[:NAMED]), *more]
 
 
 def cache(recipe: Path, words: Sequence[str] = ()) -> None:

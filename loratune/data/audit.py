@@ -16,15 +16,15 @@ from loratune.data.buckets import Size
 from loratune.data.collection import Collection
 from loratune.data.duplicates import Fingerprint, fingerprint, near
 from loratune.data.entries import Entry
+from loratune.data.folder import NO_IMAGE, UNREAD_KIND
 from loratune.data.order import BatchOrder, groups, often
-from loratune.data.sources import METADATA, PICTURES, Sample
+from loratune.data.samples import Sample
 from loratune.errors import UserError
 from loratune.formats.images import open_image
 
 TOO_SMALL = 2.0
 """Images that are enlarged more than so many times are called too small."""
 TAGS = 20
-UNREAD = {".avif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".raw", ".svg", ".tga"}
 ENDINGS = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "TIFF": {".tif", ".tiff"}, "MPO": {".jpg", ".jpeg"}}
 
 
@@ -34,14 +34,14 @@ class Finding:
 
     Args:
         kind: its name in the JSON.
-        told: what it is, for a person.
+        message: what it is, for a person.
         mend: what to do.
         names: of the images or files, some with what is wrong with them.
         serious: whether `data.strict` stops a run for it.
     """
 
     kind: str
-    told: str
+    message: str
     mend: str
     names: tuple[str, ...]
     serious: bool = False
@@ -87,7 +87,7 @@ class Audit:
     @property
     def serious(self) -> list[Finding]:
         """What stops a strict run."""
-        return [one for one in self.findings if one.serious]
+        return [finding for finding in self.findings if finding.serious]
 
 
 @dataclass
@@ -156,18 +156,9 @@ def wrong_ending(sample: Sample) -> str:
     try:
         with Image.open(io.BytesIO(sample.data)) as opened:
             kind = opened.format or ""
-    except Exception:  # what is unreadable is told of elsewhere
+    except Exception:  # unreadable images are reported elsewhere
         return ""
     return "" if ending in ENDINGS.get(kind, {f".{kind.lower()}"}) else kind
-
-
-def strays(root: Path) -> tuple[list[str], list[str]]:
-    """Caption files without an image, and images of kinds that are not read, in a folder."""
-    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
-    held = {file.with_suffix("") for file in files if file.suffix.lower() in PICTURES}
-    named = any((root / name).is_file() for name in METADATA)
-    texts = [] if named else [file for file in files if file.suffix == ".txt" and file.with_suffix("") not in held]
-    return [str(file) for file in texts], [str(file) for file in files if file.suffix.lower() in UNREAD]
 
 
 def enlarged(entry: Entry) -> float:
@@ -195,21 +186,21 @@ def audit(
     """
     looks = DataLoader(Looked(collection), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     seen = list(progress(looks))
-    held = [(one, one.entry) for one in seen if one.entry is not None]
-    out = [collection.is_held_out(entry) for _, entry in held]
-    trained = [entry for (_, entry), is_out in zip(held, out, strict=True) if not is_out]
+    readable = [(one, one.entry) for one in seen if one.entry is not None]
+    out = [collection.is_held_out(entry) for _, entry in readable]
+    trained = [entry for (_, entry), is_out in zip(readable, out, strict=True) if not is_out]
     each = often(collection.settings, [sum(e.source == s for e in trained) for s in range(len(collection.settings))])
     order = BatchOrder(groups(trained, each), [entry.bucket for entry in trained], batch_size, 0)
-    counts = _counts(collection, held, out, trained, order)
+    counts = _counts(collection, readable, out, trained, order)
     found = [
         *_faults(collection, seen),
-        *_captions([entry for _, entry in held], count_tokens, room),
-        *_doubles(held, out),
-        *_sizes(held, out, trained, order, each),
+        *_captions([entry for _, entry in readable], count_tokens, room),
+        *_doubles(readable, out),
+        *_sizes(readable, out, trained, order, each),
     ]
     kept = tuple(sorted((one for one in found if one.names), key=lambda one: not one.serious))
     batches = len(order)
-    tags = _tags([entry for _, entry in held], collection.captions.separator)
+    tags = _tags([entry for _, entry in readable], collection.captions.separator)
     return Audit(counts, dict(Counter(entry.bucket for entry in trained)), batches, tags, kept)
 
 
@@ -218,40 +209,39 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _counts(
-    collection: Collection, held: Sequence[tuple[Seen, Entry]], out: Sequence[bool], trained: Any, order: BatchOrder
+    collection: Collection, readable: Sequence[tuple[Seen, Entry]], out: Sequence[bool], trained: Any, order: BatchOrder
 ) -> tuple[SourceCount, ...]:
     drawn = Counter(trained[draw.sample].source for batch in order for draw in batch)
-    made = []
-    for number, told in enumerate(collection.settings):
-        own = [is_out for (_, entry), is_out in zip(held, out, strict=True) if entry.source == number]
-        made.append(SourceCount(told.path, told.role, len(own), sum(own), drawn[number]))
-    return tuple(made)
+    counts = []
+    for number, source in enumerate(collection.settings):
+        own = [is_out for (_, entry), is_out in zip(readable, out, strict=True) if entry.source == number]
+        counts.append(SourceCount(source.path, source.role, len(own), sum(own), drawn[number]))
+    return tuple(counts)
 
 
 def _faults(collection: Collection, seen: Sequence[Seen]) -> list[Finding]:
-    broken = tuple(f"{one.name} ({one.fault})" for one in seen if one.fault)
-    endings = tuple(f"{one.name} (is {one.ending})" for one in seen if one.ending)
-    bare = tuple(one.name for one in seen if one.bare)
-    wrong = tuple(one.mask for one in seen if one.mask)
+    broken = tuple(f"{image.name} ({image.fault})" for image in seen if image.fault)
+    endings = tuple(f"{image.name} (is {image.ending})" for image in seen if image.ending)
+    bare = tuple(image.name for image in seen if image.bare)
+    wrong = tuple(image.mask for image in seen if image.mask)
     without = tuple(
-        one.name
-        for one in seen
-        if one.entry is not None and collection.masks[one.entry.source] is not None and not one.masked
+        image.name
+        for image in seen
+        if image.entry is not None and collection.masks[image.entry.source] is not None and not image.masked
     )
-    roots = dict.fromkeys(source.root for source in collection.sources if source.root)
-    texts: list[str] = []
-    kinds: list[str] = []
-    for root in roots:
-        for all_of_them, found in zip((texts, kinds), strays(Path(root)), strict=True):
-            all_of_them += found
+    skipped = {name: reason for source in collection.sources for name, reason in source.skipped.items()}
+    texts = tuple(name for name, reason in skipped.items() if reason == NO_IMAGE)
+    kinds = tuple(name for name, reason in skipped.items() if reason == UNREAD_KIND)
+    others = tuple(f"{name} ({reason})" for name, reason in skipped.items() if reason not in (NO_IMAGE, UNREAD_KIND))
     return [
-        Finding("unreadable", "images that cannot be read", "mend or remove them", broken, True),
+        Finding("unreadable", "unreadable images", "mend or remove them", broken, True),
         Finding("no_caption", "images without a caption", "write it into a .txt file beside each", bare, True),
         Finding("mask_wrong", "masks that do not fit", "make each as large as its image", wrong, True),
-        Finding("no_mask", "images that have no mask, and so count whole", "draw one, if that is not meant", without),
-        Finding("ending", "names that end with another kind than the content is", "rename them", endings),
-        Finding("no_image", "caption files without an image", "rename or remove them", tuple(texts)),
-        Finding("unread_kind", "images of kinds that are not read here", "save them as PNG", tuple(kinds)),
+        Finding("no_mask", "images without a mask, whose whole loss counts", "draw one, if that is not meant", without),
+        Finding("ending", "file extensions that do not match the content", "rename them", endings),
+        Finding("no_image", "caption files without an image", "rename or remove them", texts),
+        Finding("unread_kind", "images in formats that are not read", "save them as PNG", kinds),
+        Finding("left_out", "files that are not used", "mend them, or move them elsewhere", others),
     ]
 
 
@@ -259,62 +249,73 @@ def _captions(entries: Sequence[Entry], count_tokens: Callable[[str], int], room
     cut = []
     for entry in entries:
         # A token has at least one byte, so short captions need not be counted.
-        over = max(count_tokens(one) - room if len(one.encode()) > room else 0 for one in entry.captions)
+        over = max(count_tokens(caption) - room if len(caption.encode()) > room else 0 for caption in entry.captions)
         if over > 0:
             cut.append(f"{entry.name} ({over} of its tokens)")
-    told = f"captions of more than {room} tokens, of which the rest is not read"
-    return [Finding("cut", told, "shorten them, or set model.prompts.chunks higher", tuple(cut), True)]
+    message = f"captions truncated at {room} tokens"
+    return [Finding("cut", message, "shorten them, or set model.prompts.chunks higher", tuple(cut), True)]
 
 
-def _doubles(held: Sequence[tuple[Seen, Entry]], out: Sequence[bool]) -> list[Finding]:
+def _doubles(readable: Sequence[tuple[Seen, Entry]], out: Sequence[bool]) -> list[Finding]:
     first: dict[str, int] = {}
     exact = []
-    for number, (_, entry) in enumerate(held):
+    for number, (_, entry) in enumerate(readable):
         exact.append((first.setdefault(entry.digest, number), number))
     exact = [(one, other) for one, other in exact if one != other]
     same = set(exact)
-    prints = [seen.print for seen, _ in held if seen.print is not None]
-    alike = [pair for pair in near(prints) if held[pair[0]][1].digest != held[pair[1]][1].digest]
+    prints = [seen.print for seen, _ in readable if seen.print is not None]
+    alike = [pair for pair in near(prints) if readable[pair[0]][1].digest != readable[pair[1]][1].digest]
 
     def names(pairs: Iterable[tuple[int, int]], leaks: bool) -> tuple[str, ...]:
         chosen = [(a, b) for a, b in pairs if (out[a] != out[b]) == leaks]
-        return tuple(f"{held[a][0].name} and {held[b][0].name}" for a, b in chosen)
+        return tuple(f"{readable[a][0].name} and {readable[b][0].name}" for a, b in chosen)
 
     keep = "remove them, or set data.split_by: image"
     return [
-        Finding("leak", "images that are both trained on and held out", keep, names(sorted(same), True), True),
-        Finding("near_leak", "held-out images nearly like trained ones", "remove one of each", names(alike, True)),
-        Finding("duplicate", "images that are there twice", "remove one of each", names(sorted(same), False)),
-        Finding("near_duplicate", "images that are nearly alike", "keep the better one", names(alike, False)),
+        Finding(
+            "leak",
+            "images in both training and validation (train/validation leakage)",
+            keep,
+            names(sorted(same), True),
+            True,
+        ),
+        Finding(
+            "near_leak",
+            "validation images nearly identical to training images",
+            "remove one of each",
+            names(alike, True),
+        ),
+        Finding("duplicate", "duplicate images", "remove one of each", names(sorted(same), False)),
+        Finding("near_duplicate", "near-duplicate images", "keep the better one", names(alike, False)),
     ]
 
 
 def _sizes(
-    held: Sequence[tuple[Seen, Entry]],
+    readable: Sequence[tuple[Seen, Entry]],
     out: Sequence[bool],
     trained: Sequence[Entry],
     order: BatchOrder,
     each: Sequence[float],
 ) -> list[Finding]:
-    times = [(seen.name, enlarged(entry)) for seen, entry in held]
+    times = [(seen.name, enlarged(entry)) for seen, entry in readable]
     upscaled = tuple(f"{name} ({by:.2f} times)" for name, by in times if 1 < by <= TOO_SMALL)
     small = tuple(f"{name} ({by:.2f} times)" for name, by in times if by > TOO_SMALL)
-    names = [seen.name for (seen, _), is_out in zip(held, out, strict=True) if not is_out]
-    told = f"images enlarged more than {TOO_SMALL:g} times to fill their size: too small"
+    names = [seen.name for (seen, _), is_out in zip(readable, out, strict=True) if not is_out]
+    message = f"images upscaled more than {TOO_SMALL:g} times to fill their bucket"
     return [
-        Finding("lost", "images that never come in an epoch", "report this as a fault", _lost(names, order, each)),
-        Finding("too_small", told, "give larger ones, or set data.buckets.upscale: false", small),
-        Finding("upscaled", "images enlarged to fill their size", "give larger ones if they look soft", upscaled),
+        Finding("lost", "images that are never sampled", "report this as a fault", _lost(names, order, each)),
+        Finding("too_small", message, "give larger ones, or set data.buckets.upscale: false", small),
+        Finding("upscaled", "images upscaled to fill their bucket", "give larger ones if they look soft", upscaled),
     ]
 
 
 def _lost(names: Sequence[str], order: BatchOrder, each: Sequence[float]) -> tuple[str, ...]:
     """Which images are never drawn; of sources that come less than once an epoch, in as many as it takes."""
-    fewest = min((one for one in each if one > 0), default=1.0)
+    fewest = min((times for times in each if times > 0), default=1.0)
     drawn: set[int] = set()
     for epoch in range(min(1000, 1 + round(1 / fewest)) if fewest < 1 else 1):
-        now = BatchOrder(order.given, order.sizes, order.batch_size, order.seed, lambda _, e=epoch: (e, 0))  # type: ignore[misc]
-        drawn |= {draw.sample for batch in now for draw in batch}
+        order.epoch = epoch
+        drawn |= {draw.sample for batch in order for draw in batch}
         if len(drawn) == len(names):
             break
     return tuple(name for number, name in enumerate(names) if number not in drawn)

@@ -24,16 +24,15 @@ _COLOURS: dict[str, Callable[[Image.Image], Any]] = {
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images vary; those of validation never do.
+    """Random changes of training images; validation images never change.
 
-    Mirroring and cutting are done to the image, and each variant is encoded once and cached: what a VAE makes of a
-    mirrored image is not its latents mirrored. Colours are continuous, so they need data.cache_latents: false.
+    Flips and crops are made before the VAE, and each variant is cached: the latents of a mirrored image are not the
+    mirrored latents. Colours are continuous, so they need data.cache_latents: false.
 
     Args:
-        flip: how often an image is mirrored left to right, 0 to 1; not for text, nor for what has a side.
-        crops: from how many places, evenly along what does not fit into the bucket, an image may be cut; 1 is the
-            middle.
-        brightness: its factor is drawn from 1 - b to 1 + b; needs data.cache_latents: false.
+        flip: probability of a mirrored image, 0 to 1; not for text, nor for what has a left and a right.
+        crops: number of places, evenly spaced along what exceeds the bucket, to crop from; 1 is the middle.
+        brightness: its factor is uniform in [1 - b, 1 + b]; needs data.cache_latents: false.
         contrast: likewise.
         saturation: likewise.
     """

@@ -17,14 +17,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that images may be brought to.
+    """Aspect-ratio buckets.
 
     Args:
-        step: what every side is a multiple of, in pixels; a multiple of what the VAE needs.
-        smallest: of a side, in pixels.
-        largest: of a side, in pixels.
-        upscale: whether images smaller than their bucket are enlarged; if not, they get a bucket of their own
-            size, rounded down to the step.
+        step: every side is a multiple of it, in pixels; a multiple of the VAE's factor.
+        smallest: the shortest side, in pixels.
+        largest: the longest side, in pixels.
+        upscale: whether images smaller than their bucket are upscaled; if not, they get a bucket of their own size,
+            rounded down to the step.
     """
 
     step: int = 64
@@ -46,17 +46,17 @@ class Buckets:
             ValueError: not one size fits; the message says what to change.
         """
         sides = range(-(-self.smallest // self.step) * self.step, self.largest + 1, self.step)
-        found: set[Size] = set()
+        fitting: set[Size] = set()
         for side in sides:
             other = min(area // side // self.step * self.step, self.largest // self.step * self.step)
             if other >= sides.start:
-                found |= {(side, other), (other, side)}
-        if not found:
+                fitting |= {(side, other), (other, side)}
+        if not fitting:
             raise ValueError(
                 f"buckets: no size of at most {area} pixels has sides of {sides.start} to {self.largest} pixels; "
                 "give a larger data.resolution, or a smaller data.buckets.smallest"
             )
-        return sorted(found)
+        return sorted(fitting)
 
     def fit(self, image: Size, sizes: Sequence[Size]) -> Size:
         """The size whose shape is nearest to an image's, by the logarithm of width / height.
@@ -80,11 +80,11 @@ def batches(sizes: Sequence[Size], batch_size: int, random: torch.Generator) -> 
     Where there is one size alone, the smaller batch is the last.
     """
     order = torch.randperm(len(sizes), generator=random).tolist()
-    held: dict[Size, list[int]] = {}
+    by_size: dict[Size, list[int]] = {}
     for index in order:
-        held.setdefault(sizes[index], []).append(index)
-    cut = [part for size in sorted(held) for part in _parts(held[size], batch_size)]
-    if len(held) < 2:
+        by_size.setdefault(sizes[index], []).append(index)
+    cut = [part for size in sorted(by_size) for part in _parts(by_size[size], batch_size)]
+    if len(by_size) < 2:
         return cut  # in random order already
     return [cut[i] for i in torch.randperm(len(cut), generator=random).tolist()]
 
@@ -95,7 +95,7 @@ def _parts(indices: Sequence[int], count: int) -> Iterator[list[int]]:
 
 def batch_count(sizes: Iterable[Size], batch_size: int) -> int:
     """How many batches `batches` makes."""
-    held: dict[Size, int] = {}
+    counts: dict[Size, int] = {}
     for size in sizes:
-        held[size] = held.get(size, 0) + 1
-    return sum(-(-count // batch_size) for count in held.values())
+        counts[size] = counts.get(size, 0) + 1
+    return sum(-(-count // batch_size) for count in counts.values())

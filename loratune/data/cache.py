@@ -48,8 +48,10 @@ class Cache:
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            write_safetensors(path, held, {"sha256": tensors_hash(held)}, durable=False)  # checked when read
+            contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            write_safetensors(
+                path, contiguous, {"sha256": tensors_hash(contiguous)}, durable=False
+            )  # checked when read
         except OSError as error:
             raise UserError(f"data.cache_dir: cannot write to {self.folder}: {error.strerror or error}") from error
 

@@ -10,17 +10,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Captions:
-    """What is told of an image in a step. In validation it is always the first caption as it stands.
+    """How an image's caption is chosen and changed in a step. Validation always takes the first caption as it is.
 
-    With `shuffle_tags` or `tag_dropout` there are too many captions to encode beforehand: the text encoder then
-    stays in memory and encodes those of each batch.
+    With `shuffle_tags` or `tag_dropout` there are too many captions to cache: the text encoder then stays in memory and
+    encodes those of each batch.
 
     Args:
-        lines: each line of a caption is a caption of its own.
-        choose: which of an image's captions: a random one each time, or the first.
-        shuffle_tags: bring the tags, which separators part, into a random order each time.
-        keep_tokens: so many first tags stay where they are and are not dropped.
-        tag_dropout: share of the other tags that is left out each time, from 0 to below 1.
+        lines: each line of a caption file is a caption of its own.
+        choose: which of an image's captions is used: a random one each time, or the first.
+        shuffle_tags: shuffle the tags of a caption, which separator parts, each time.
+        keep_tokens: so many first tags stay in place and are not dropped.
+        tag_dropout: share of the other tags dropped each time, from 0 to below 1.
         separator: what parts tags.
     """
 
@@ -64,8 +64,8 @@ class Captions:
             prefix: what they begin with, which stays.
             random: where the choice comes from.
         """
-        told = random.choice(self.possible(captions))
-        return prefix + self._tags(told.removeprefix(prefix), random) if self.changes_tags else told
+        caption = random.choice(self.possible(captions))
+        return prefix + self._tags(caption.removeprefix(prefix), random) if self.changes_tags else caption
 
     def _tags(self, text: str, random: Random) -> str:
         tags = [tag.strip() for tag in text.split(self.separator) if tag.strip()]

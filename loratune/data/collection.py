@@ -15,8 +15,8 @@ from loratune.data.buckets import Buckets, Size
 from loratune.data.captions import Captions
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import Masks, digest_of
+from loratune.data.samples import Sample, Source
 from loratune.data.settings import SourceConfig
-from loratune.data.sources import Sample, Source
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Collection:
     ends: Sequence[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        masks = [Masks(one.masks, one.path) if one.masks else None for one in self.settings]
+        masks = [Masks(source.masks, source.path) if source.masks else None for source in self.settings]
         object.__setattr__(self, "masks", masks)
         sizes = self.buckets.sizes(self.size**2) if self.buckets else [(self.size, self.size)]
         object.__setattr__(self, "sizes", sizes)
@@ -72,18 +72,18 @@ class Collection:
             OSError: it is unreadable.
             UserError: its mask is of another size.
         """
-        told, size = self.settings[source], upright_size(sample.data)
+        config, size = self.settings[source], upright_size(sample.data)
         masks = self.masks[source]
         return Entry(
             source=source,
             index=index,
             name=Path(sample.name).name,
-            captions=self.captions.read(sample.captions, told.caption_prefix),
+            captions=self.captions.read(sample.captions, config.caption_prefix),
             digest=hashlib.sha256(sample.data).hexdigest(),
             size=size,
             bucket=self.buckets.fit(size, self.sizes) if self.buckets else self.sizes[0],
-            prefix=told.caption_prefix,
-            loss_weight=told.loss_weight,
+            prefix=config.caption_prefix,
+            loss_weight=config.loss_weight,
             mask=digest_of(masks.read(sample, size)) if masks else "",
         )
 
@@ -108,8 +108,8 @@ class Collection:
         """How an image may come in a step: the middle alone in validation."""
         return [MIDDLE] if self.is_held_out(entry) else self.augment.views(entry.size, entry.bucket)
 
-    def told(self, entry: Entry) -> Sequence[str]:
-        """Which captions of an image are encoded beforehand; none where they cannot all be."""
+    def cached_captions(self, entry: Entry) -> Sequence[str]:
+        """The captions of an image that are encoded beforehand; none where there are too many."""
         if self.captions.changes_tags:
             return ()
         return entry.captions[:1] if self.is_held_out(entry) else self.captions.possible(entry.captions)

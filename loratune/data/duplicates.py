@@ -43,14 +43,14 @@ def near(prints: Sequence[Fingerprint]) -> Iterator[tuple[int, int]]:
     """
     if not prints:
         return
-    bits = np.stack([one.bits for one in prints])
-    colours = np.stack([one.colours for one in prints]).astype(np.int16)
+    bits = np.stack([image.bits for image in prints])
+    colours = np.stack([image.colours for image in prints]).astype(np.int16)
     for start in range(0, len(prints), ROWS):
         rows = bits[start : start + ROWS]
         apart = np.zeros((len(rows), len(prints) - start), dtype=np.int16)
         for word in range(bits.shape[1]):
             apart += np.bitwise_count(rows[:, None, word] ^ bits[None, start:, word])
         for row, column in np.argwhere(apart <= BITS_APART):
-            one, other = start + int(row), start + int(column)
-            if one < other and int(np.abs(colours[one] - colours[other]).max()) <= COLOUR_APART:
-                yield one, other
+            first, second = start + int(row), start + int(column)
+            if first < second and int(np.abs(colours[first] - colours[second]).max()) <= COLOUR_APART:
+                yield first, second

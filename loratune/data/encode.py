@@ -128,11 +128,11 @@ class Encoder:
     def mask(self, entry: Entry, view: View, latents: Size, data: Callable[[], bytes | None]) -> Tensor:
         """The mask of a view at the size of its latents, (1, h, w) in [0, 1]."""
 
-        def made() -> dict[str, Tensor]:
+        def encode() -> dict[str, Tensor]:
             whole = mask_tensor(data(), entry.bucket, view)
             return {"mask": torch.nn.functional.adaptive_avg_pool2d(whole, latents)}
 
-        return self._get(self.keys.mask(entry, view, latents), made)["mask"]
+        return self._get(self.keys.mask(entry, view, latents), encode)["mask"]
 
     def prepare(self, entry: Entry, pixels: Sequence[tuple[View, Tensor]], captions: Sequence[str]) -> None:
         """Encode an image's views, of which the pixels are given, and its captions, into the cache."""
@@ -142,11 +142,11 @@ class Encoder:
             self.condition(caption)
 
     def _get(self, key: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        found = self.cache.get(key)
-        if found is None:
-            found = encode()
-            self.cache.put(key, found)
-        return found
+        encoded = self.cache.get(key)
+        if encoded is None:
+            encoded = encode()
+            self.cache.put(key, encoded)
+        return encoded
 
     @torch.no_grad()
     def _encode_image(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class Encoder:
 class Look(NamedTuple):
     """What an image is, or its name and what is wrong with it; and the pixels of its views that are not cached."""
 
-    found: Entry | tuple[str, str]
+    result: Entry | tuple[str, str]
     pixels: Sequence[tuple[View, Tensor]] = ()
 
 
@@ -201,5 +201,5 @@ class Looks(Dataset[Look]):
 
 
 def _weights_hash(parts: list[nn.Module]) -> str:
-    held = {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.state_dict().items()}
-    return tensors_hash(held)
+    weights = {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.state_dict().items()}
+    return tensors_hash(weights)

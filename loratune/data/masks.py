@@ -13,7 +13,7 @@ from torch import Tensor
 from loratune.data.augment import cut, upright_size
 from loratune.data.buckets import Size
 from loratune.data.entries import View
-from loratune.data.sources import PICTURES, Sample
+from loratune.data.samples import IMAGE_SUFFIXES, Sample
 from loratune.errors import UserError
 from loratune.formats.images import open_image
 
@@ -43,7 +43,7 @@ class Masks:
         if not sample.root:
             raise UserError(f"{self.path}: its images have no file names, so masks cannot be found; use a folder")
         own = self.folder / Path(sample.name).relative_to(sample.root)
-        return next((file for kind in sorted(PICTURES) if (file := own.with_suffix(kind)).is_file()), None)
+        return next((file for kind in sorted(IMAGE_SUFFIXES) if (file := own.with_suffix(kind)).is_file()), None)
 
     def read(self, sample: Sample, size: Size) -> bytes | None:
         """The bytes of an image's mask, or None where it has none.
@@ -59,11 +59,11 @@ class Masks:
             return None
         try:
             data = file.read_bytes()
-            found = upright_size(data)
+            own = upright_size(data)
         except OSError as error:
             raise UserError(f"{file}: this mask is unreadable ({error}); mend or remove it") from None
-        if found != size:
-            sizes = f"{found[0]} x {found[1]} and {size[0]} x {size[1]} pixels"
+        if own != size:
+            sizes = f"{own[0]} x {own[1]} and {size[0]} x {size[1]} pixels"
             raise UserError(f"{file}: this mask and its image {sample.name} differ in size ({sizes}); make them alike")
         return data
 

@@ -23,7 +23,7 @@ from loratune.data.collection import Collection
 from loratune.data.encode import Encoder, Looks, pixels_of
 from loratune.data.entries import MIDDLE, Draw, Entry
 from loratune.data.masks import mask_tensor
-from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
+from loratune.data.order import BatchOrder, TrainingLoader, groups, in_order, often
 from loratune.data.settings import SourceConfig, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
@@ -36,31 +36,32 @@ NAMED = 10
 
 
 class CaptionedImages(L.LightningDataModule):
-    """Captioned images as training batches; what a frozen VAE and text encoder make is cached on disk.
+    """Captioned images as training batches; latents and text embeddings of a frozen VAE and text encoder are cached on
+    disk.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
             that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        resolution: side of the square that images are brought to, in pixels; with buckets the side of a square of their
-            area.
-        batch_size: images in a batch.
+        resolution: side in pixels of the square that images are resized and cropped to; with buckets, the side of a
+            square of their area.
+        batch_size: images in a batch, of each process.
         caption_prefix: put before every caption (a trigger word).
         validation_percent: share of the images held out for the validation loss, 0 to 50.
         split_by: what the split hashes: the image's bytes, or its caption.
         image_column: the column of images, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
-        allow_missing_captions: train on images without a caption, as images of nothing in particular.
-        strict: look at every image before the run and stop where something cannot be meant: unreadable ones,
-            captions that are missing or cut, images that are both trained on and held out, masks that do not fit.
-        cache_dir: folder of encoded images and captions, shared between runs.
+        allow_missing_captions: train images without a caption on the caption prefix alone.
+        strict: check every image before the run and stop at unreadable images, missing or truncated captions,
+            train/validation leakage and masks that do not fit.
+        cache_dir: folder of the cached latents and text embeddings, shared between runs.
         num_workers: processes that decode images and load batches.
-        sources: several sources in place of path, each with its own prefix, repeats or weight, role and masks.
-        buckets: sizes beside the square, so that images keep about their shape; a batch is of one size. Without it
+        sources: several sources in place of path, each with its own caption_prefix, repeats or weight, role and masks.
+        buckets: aspect-ratio buckets: images keep about their shape, and a batch has images of one size. Without them
             the middle square of each image is taken.
-        captions: what is told of an image in each step.
-        augment: how training images vary.
-        cache_latents: encode each image once and keep its latents in cache_dir; false encodes it in each step: slower,
-            and what colour changes need.
+        captions: how an image's caption is chosen and changed in each step.
+        augment: random changes of training images.
+        cache_latents: encode each image once and keep its latents in cache_dir; false encodes it in each step, which is
+            slower and which colour augmentation needs.
     """
 
     def __init__(
@@ -94,12 +95,12 @@ class CaptionedImages(L.LightningDataModule):
                 raise ValueError(f"data.{key} is {value}; give {least} to {most}")
         if augment.colours and cache_latents:
             colour, far = next(iter(augment.colours.items()))
-            told = "colours can only change where images are encoded in each step"
-            raise ValueError(f"data.augment.{colour} is {far}: {told}; set data.cache_latents: false, or {colour}: 0")
+            reason = "colours can only change where images are encoded in each step"
+            raise ValueError(f"data.augment.{colour} is {far}: {reason}; set data.cache_latents: false, or {colour}: 0")
         if buckets is not None:
             buckets.sizes(resolution**2)  # raises where none fits
         short = {"caption_prefix": caption_prefix, "image_column": image_column, "caption_column": caption_column}
-        self.sources = [one for one in gathered(path, sources, short) if not left_out(one)]
+        self.sources = [source for source in gathered(path, sources, short) if not left_out(source)]
         self.resolution, self.batch_size, self.num_workers = resolution, batch_size, num_workers
         self.cache_dir = cache_dir
         self.validation_percent, self.split_by = validation_percent, split_by
@@ -117,10 +118,10 @@ class CaptionedImages(L.LightningDataModule):
         Raises:
             UserError: one cannot be read, or has no images.
         """
-        opened = [read_source(one.path, one.image_column, one.caption_column) for one in self.sources]
-        for source, told in zip(opened, self.sources, strict=True):
+        opened = [read_source(source.path, source.image_column, source.caption_column) for source in self.sources]
+        for source, config in zip(opened, self.sources, strict=True):
             if not len(source):
-                raise UserError(f"{told.path}: holds no images; leave this source out")
+                raise UserError(f"{config.path}: holds no images; leave this source out")
         settings = (self.buckets, self.captions, self.augment, self.validation_percent, self.split_by)
         return Collection(self.sources, opened, self.resolution, *settings)
 
@@ -134,16 +135,24 @@ class CaptionedImages(L.LightningDataModule):
             UserError: a source is empty, an image has no caption, or a mask has another size than its image.
         """
         collection = self.collection
+        if warn:
+            self._tell_skipped(collection)
         self._check_captions(collection, warn)
         for number, masks in enumerate(collection.masks):
             if masks is not None:
                 self._check_masks(number, collection, warn)
 
+    def _tell_skipped(self, collection: Collection) -> None:
+        for config, source in zip(self.sources, collection.sources, strict=True):
+            if source.skipped:
+                names = _listed([f"{name} ({reason})" for name, reason in source.skipped.items()])
+                log.warning("%s: %d files are not used: %s", config.path, len(source.skipped), names)
+
     def _check_captions(self, collection: Collection, warn: bool) -> None:
         missing = [name for source in collection.sources for name in source.without_caption()]
         if not missing:
             return
-        where = ", ".join(one.path for one in self.sources)
+        where = ", ".join(source.path for source in self.sources)
         message = f"{where}: {len(missing)} of {len(collection)} images have no caption: {_listed(missing)}"
         if not self.allow_missing_captions:
             raise UserError(f"{message}; write them, or set data.allow_missing_captions: true")
@@ -151,7 +160,7 @@ class CaptionedImages(L.LightningDataModule):
             log.warning("%s", message)
 
     def _check_masks(self, number: int, collection: Collection, warn: bool) -> None:
-        told, source = self.sources[number], collection.sources[number]
+        config, source = self.sources[number], collection.sources[number]
         bare = []
         for index, sample in enumerate(source):
             try:
@@ -160,9 +169,11 @@ class CaptionedImages(L.LightningDataModule):
             except OSError:
                 continue  # told of when it is read
         if len(bare) == len(source):
-            raise UserError(f"{told.masks}: has a mask for none of the images of {told.path}; give them their names")
+            raise UserError(
+                f"{config.masks}: has a mask for none of the images of {config.path}; give them their names"
+            )
         if bare and warn:
-            log.warning("%s: %d images have no mask and count whole: %s", told.masks, len(bare), _listed(bare))
+            log.warning("%s: %d images have no mask and count whole: %s", config.masks, len(bare), _listed(bare))
 
     def setup(self, stage: str) -> None:
         """Read the sources, say what is wrong with them, and encode what is not in the cache yet."""
@@ -177,9 +188,9 @@ class CaptionedImages(L.LightningDataModule):
         held_out: list[Entry] = []
         for entry in self._entries(collection, encoder):
             (held_out if collection.is_held_out(entry) else training).append(entry)
-        for number, one in enumerate(self.sources):
+        for number, source in enumerate(self.sources):
             if not any(entry.source == number for entry in (*training, *held_out)):
-                raise UserError(f"{one.path}: no image is left to train on")
+                raise UserError(f"{source.path}: no image is left to train on")
         if not any(self.sources[entry.source].role == "training" for entry in training):
             raise UserError(f"{self.sources[0].path}: no image is left to train on")
         self.training = Samples(training, collection, encoder, self.cache_latents)
@@ -218,22 +229,22 @@ class CaptionedImages(L.LightningDataModule):
         looks = DataLoader(
             Looks(collection, numbers, cached), batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is
         )
-        found: list[Entry | tuple[str, str]] = []
+        results: list[Entry | tuple[str, str]] = []
         show = {"description": "encoding" if encoder else "reading", "transient": True}
         for look in track(looks, total=len(numbers), disable=not self.trainer.is_global_zero, **show):  # type: ignore[arg-type]
-            if isinstance(look.found, Entry) and encoder is not None:
-                encoder.prepare(look.found, look.pixels, collection.told(look.found))
+            if isinstance(look.result, Entry) and encoder is not None:
+                encoder.prepare(look.result, look.pixels, collection.cached_captions(look.result))
                 self.encoded += bool(look.pixels)
-            found.append(look.found)
-            if self.strict and not isinstance(look.found, Entry):
+            results.append(look.result)
+            if self.strict and not isinstance(look.result, Entry):
                 break
         if processes > 1:
             every: list[Any] = [None] * processes
-            torch.distributed.all_gather_object(every, found)
+            torch.distributed.all_gather_object(every, results)
             longest = max(map(len, every))
-            found = [part[at] for at in range(longest) for part in every if at < len(part)]
-        self._report_unreadable([one for one in found if not isinstance(one, Entry)], len(collection))
-        return [one for one in found if isinstance(one, Entry)]
+            results = [part[at] for at in range(longest) for part in every if at < len(part)]
+        self._report_unreadable([result for result in results if not isinstance(result, Entry)], len(collection))
+        return [result for result in results if isinstance(result, Entry)]
 
     def _report_unreadable(self, lost: Sequence[tuple[str, str]], total: int) -> None:
         if self.strict and lost:
@@ -260,43 +271,31 @@ class CaptionedImages(L.LightningDataModule):
             [entry.bucket for entry in entries],
             self.batch_size * processes,
             int(os.environ.get("PL_GLOBAL_SEED", "0")),
-            self._place,
+            bool(getattr(self.trainer, "overfit_batches", 0)),
         )
         if processes == 1:
-            return self._loader(self.training, order)
+            return TrainingLoader(order, **self._loading(self.training, order))
         assert self.trainer is not None
-        return self._loader(Rows(self.training), Shares(order, self.trainer.global_rank, processes))
-
-    def _place(self, batches: int) -> tuple[int, int]:
-        """The epoch that the run is in, and how many of its batches are done."""
-        if self.trainer is None:
-            return 0, 0
-        consumed = batches_consumed(self.trainer.global_step, batches, self.trainer.accumulate_grad_batches)
-        epoch, done = divmod(consumed, batches)
-        loop: Any = getattr(self.trainer, "fit_loop", None)
-        if loop is None:
-            return epoch, done
-        # Where a run goes on with other batches, which it was allowed to, Lightning counts on from where it was.
-        ready = min(loop.epoch_loop.batch_progress.current.ready, batches)
-        return epoch + (done > ready), ready
+        shares = Shares(order, self.trainer.global_rank, processes)
+        return TrainingLoader(order, **self._loading(Rows(self.training), shares))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         assert self.held_out is not None
         batches = in_order([entry.bucket for entry in self.held_out.entries], self.batch_size)
-        return self._loader(self.held_out, batches) if batches else []
+        return DataLoader(**self._loading(self.held_out, batches)) if batches else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.val_dataloader()
 
-    def _loader(self, rows: Dataset[Any], batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+    def _loading(self, rows: Dataset[Any], batches: Any) -> dict[str, Any]:
+        return {
+            "dataset": rows,
+            "batch_sampler": batches,
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -322,7 +321,7 @@ class Samples(Dataset[dict[str, Any]]):
     ) -> None:
         self.entries, self.collection, self.encoder = entries, collection, encoder
         self.cached = encoder is not None and cache_latents
-        self.weighed = any(one.loss_weight != 1 for one in collection.settings)
+        self.weighed = any(source.loss_weight != 1 for source in collection.settings)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -335,7 +334,7 @@ class Samples(Dataset[dict[str, Any]]):
         caption = collection.captions.draw(entry.captions, entry.prefix, random) if random else entry.caption
 
         def pixels() -> Tensor:
-            varied = (lambda one: collection.augment.colour(one, random)) if random else None
+            varied = (lambda image: collection.augment.colour(image, random)) if random else None
             return pixels_of(collection.sample(entry).data, entry.bucket, view, varied)
 
         sample: dict[str, Any] = {"name": entry.name, "caption": caption}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from loratune.data.buckets import Size, batch_count, batches
 from loratune.data.entries import Draw, Entry
@@ -22,17 +23,17 @@ def groups(entries: Sequence[Entry], often: Sequence[float]) -> list[Group]:
         entries: what is trained on.
         often: how often each source's images come in an epoch; of 2.5 times the half is another one in each epoch.
     """
-    held: dict[tuple[int, Size], list[int]] = {}
+    members: dict[tuple[int, Size], list[int]] = {}
     for index, entry in enumerate(entries):
-        held.setdefault((entry.source, entry.bucket), []).append(index)
+        members.setdefault((entry.source, entry.bucket), []).append(index)
     seen = [0] * len(often)
-    made: list[Group] = []
-    for (source, _), indices in held.items():
+    rows: list[Group] = []
+    for (source, _), indices in members.items():
         before, seen[source] = seen[source], seen[source] + len(indices)
         # Rounding what has come so far keeps a source's whole count right to one image.
         count = round(often[source] * seen[source]) - round(often[source] * before)
-        made.append((indices, max(1, count)))  # or a shape of few images would never come
-    return made
+        rows.append((indices, max(1, count)))  # or a shape of few images would never come
+    return rows
 
 
 def often_of_weights(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
@@ -55,55 +56,76 @@ def often(sources: Sequence[SourceConfig], counts: Sequence[int]) -> list[float]
         sources: as the recipe has them.
         counts: images of each that are trained on.
     """
-    if any(one.weight is not None for one in sources):
-        weights = [1.0 if one.weight is None else one.weight for one in sources]
+    if any(source.weight is not None for source in sources):
+        weights = [1.0 if source.weight is None else source.weight for source in sources]
         return often_of_weights(
             [weight if count else 0.0 for weight, count in zip(weights, counts, strict=True)], counts
         )
     others = sum(
-        count * (one.repeats or 1) for one, count in zip(sources, counts, strict=True) if one.role == "training"
+        count * (source.repeats or 1)
+        for source, count in zip(sources, counts, strict=True)
+        if source.role == "training"
     )
     return [
-        others / max(1, count) if one.role == "regularization" and one.repeats is None else float(one.repeats or 1)
-        for one, count in zip(sources, counts, strict=True)
+        others / max(1, count)
+        if source.role == "regularization" and source.repeats is None
+        else float(source.repeats or 1)
+        for source, count in zip(sources, counts, strict=True)
     ]
 
 
 class BatchOrder(Sampler[list[Draw]]):
     """Every image in each epoch, in batches of one size, in an order that follows from seed and epoch alone.
 
-    Where the run stands is asked for, not counted: after a resume the order goes on where it was.
+    `epoch` and `done`, how many of its batches were trained on, are where the run stands: part of its checkpoints,
+    and reckoned from no count of steps, so that they hold whatever part of an epoch is trained on.
 
     Args:
-        given: as `groups` makes them.
+        groups: as `groups` makes them.
         sizes: of every entry.
         batch_size: images in a batch, of all processes together; where a size's images do not fill a last
             batch, that batch is smaller.
         seed: of the run.
-        place: the epoch, and how many of its batches are done, by how many an epoch has.
+        fixed: every epoch is like the first.
     """
 
     def __init__(
-        self,
-        given: Sequence[Group],
-        sizes: Sequence[Size],
-        batch_size: int,
-        seed: int,
-        place: Callable[[int], tuple[int, int]] = lambda _: (0, 0),
+        self, groups: Sequence[Group], sizes: Sequence[Size], batch_size: int, seed: int, fixed: bool = False
     ) -> None:
-        self.given, self.sizes, self.batch_size = given, sizes, batch_size
-        self.seed, self.place = seed, place
-        self._length = batch_count((sizes[group[0]] for group, count in given for _ in range(count)), batch_size)
+        self.groups, self.sizes, self.batch_size = groups, sizes, batch_size
+        self.seed, self.fixed = seed, fixed
+        self.epoch = self.done = self._trainers_epoch = 0
+        self._length = batch_count((sizes[group[0]] for group, count in groups for _ in range(count)), batch_size)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, done = self.place(len(self))
-        draws = [draw for group in self.given for draw in self._draws(*group, epoch)]
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        made = batches([self.sizes[draw.sample] for draw in draws], self.batch_size, random)
-        return ([draws[at] for at in batch] for batch in made[done:])
+        """What is left of the epoch."""
+        draws = [draw for group in self.groups for draw in self._draws(*group, self.epoch)]
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = batches([self.sizes[draw.sample] for draw in draws], self.batch_size, random)
+        return ([draws[at] for at in batch] for batch in order[self.done :])
+
+    @property
+    def sampler(self) -> BatchOrder:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning begins an epoch or goes on with it; epochs of which no batch was trained on are not counted."""
+        if epoch != self._trainers_epoch and self.done:
+            self.epoch, self.done = self.epoch + (not self.fixed), 0
+        self._trainers_epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands."""
+        return {"epoch": self.epoch, "done": self.done, "trainers_epoch": self._trainers_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.epoch, self.done = state_dict["epoch"], state_dict["done"]
+        self._trainers_epoch = state_dict["trainers_epoch"]
 
     def _draws(self, indices: Sequence[int], count: int, epoch: int) -> Iterator[Draw]:
         whole, rest = divmod(count, len(indices))
@@ -119,20 +141,36 @@ class BatchOrder(Sampler[list[Draw]]):
 
 def in_order(sizes: Sequence[Size], batch_size: int) -> list[list[Draw]]:
     """Every image once, in batches of one size, size by size as they come, with nothing random."""
-    held: dict[Size, list[Draw]] = {}
+    by_size: dict[Size, list[Draw]] = {}
     for index, size in enumerate(sizes):
-        held.setdefault(size, []).append(Draw(index))
-    return [draws[start : start + batch_size] for draws in held.values() for start in range(0, len(draws), batch_size)]
+        by_size.setdefault(size, []).append(Draw(index))
+    return [
+        draws[start : start + batch_size] for draws in by_size.values() for start in range(0, len(draws), batch_size)
+    ]
 
 
-def batches_consumed(step: int, batches: int, accumulate: int) -> int:
-    """Batches a run has trained on after `step` optimizer steps.
+class TrainingLoader(DataLoader[Any]):
+    """Loads batches in an order, and counts in it those that were trained on; Lightning saves and restores its state.
 
     Args:
-        step: optimizer steps taken.
-        batches: in an epoch.
-        accumulate: batches to a step; the last step of an epoch may have fewer.
+        order: whose place moves.
+        more: of torch's loader.
     """
-    steps = -(-batches // accumulate)
-    epoch, within = divmod(step, steps)
-    return epoch * batches + within * accumulate
+
+    def __init__(self, order: BatchOrder, **more: Any) -> None:
+        self.order = order
+        super().__init__(**more)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Begins where the order stands when the first batch is asked for; before that Lightning may restore it."""
+        for batch in super().__iter__():
+            self.order.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Of the order."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Of the order."""
+        self.order.load_state_dict(state_dict)

@@ -16,19 +16,18 @@ class SourceConfig:
     """A source of captioned images.
 
     Args:
-        path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
-            that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
-        role: training; validation, of which all images are held out; or regularization: images of the class of
-            what is learned, which keep the base from forgetting it (prior preservation, Ruiz 2023). None of them is
-            held out.
-        repeats: how often each image comes in an epoch; if it is not given, once, and images for regularization
-            as many as there are others to train on.
-        weight: in place of repeats: how large a share of an epoch this source is, beside the weights of the others
-            (1 where it is not given); 0 leaves it out. The epoch is as long as it takes for every image to come.
+        path: a folder with .txt or .caption files, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a
+            folder that datasets saved; a .tar file of a webdataset, or a folder of them; a hub dataset.
+        role: training; validation: all of its images are held out; or regularization: class images that keep the base
+            from forgetting the class (prior preservation, Ruiz 2023), none of them held out.
+        repeats: how often each image comes in an epoch; by default once, and regularization images as often as makes
+            them as many as the training images.
+        weight: in place of repeats: this source's share of an epoch relative to the other sources' weights (1 by
+            default); 0 leaves it out. The epoch is long enough for every image to come.
         caption_prefix: put before every caption (a trigger word).
-        loss_weight: how much the loss of its images counts, 0 to 100; usually 1 or less for regularization.
-        masks: a folder with images of the same names that are bright where the loss counts and black where it does
-            not; an image without one counts whole.
+        loss_weight: factor of the loss of its images, 0 to 100; usually 1 or less for regularization.
+        masks: a folder with images of the same names: bright where the loss counts, black where it does not; without
+            one the whole image counts.
         image_column: the column of images, for parquet, datasets and hub.
         caption_column: the column of captions; by default the first of text, caption, prompt. A list is several.
     """
@@ -54,9 +53,9 @@ class SourceConfig:
         if not 0 <= self.loss_weight <= 100:
             raise ValueError(f"{where}: loss_weight is {self.loss_weight}; give 0 to 100")
         if self.role == "validation":
-            given = {"repeats": self.repeats, "weight": self.weight}
-            given["loss_weight"] = None if self.loss_weight == 1 else self.loss_weight
-            if names := [key for key, value in given.items() if value is not None]:
+            unused = {"repeats": self.repeats, "weight": self.weight}
+            unused["loss_weight"] = None if self.loss_weight == 1 else self.loss_weight
+            if names := [key for key, value in unused.items() if value is not None]:
                 raise ValueError(f"{where}: {names[0]} says nothing of role validation; leave it out")
 
 
@@ -88,17 +87,17 @@ def gathered(
 
 
 def _check(sources: Sequence[SourceConfig]) -> None:
-    trained = [one for one in sources if one.role != "validation"]
-    if not any(one.role == "training" for one in trained):
+    trained = [source for source in sources if source.role != "validation"]
+    if not any(source.role == "training" for source in trained):
         raise ValueError("data.sources: none has role training; give one to train on")
-    weighed = [one for one in trained if one.weight is not None]
-    repeated = [one for one in trained if one.repeats is not None]
+    weighed = [source for source in trained if source.weight is not None]
+    repeated = [source for source in trained if source.repeats is not None]
     if weighed and repeated:
-        told = f"{weighed[0].path} has weight {weighed[0].weight}, {repeated[0].path} repeats {repeated[0].repeats}"
-        raise ValueError(f"data.sources: {told}; use one of both for all")
-    if not any(one.weight != 0 for one in trained if one.role == "training"):
+        both = f"{weighed[0].path} has weight {weighed[0].weight}, {repeated[0].path} repeats {repeated[0].repeats}"
+        raise ValueError(f"data.sources: {both}; use one of both for all")
+    if not any(source.weight != 0 for source in trained if source.role == "training"):
         raise ValueError("data.sources: weight is 0 for every source with role training; raise one")
-    if not any(one.loss_weight for one in trained):
+    if not any(source.loss_weight for source in trained):
         raise ValueError("data.sources: loss_weight is 0 for every source, so that nothing is learned; raise one")
 
 

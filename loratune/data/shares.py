@@ -28,7 +28,7 @@ def share(batch: list[Any], rank: int, processes: int) -> list[Row]:
     the batch that it counts nothing, as every process has to take part in the step.
     """
     total = len(batch)
-    start, stop = (total * one // processes for one in (rank, rank + 1))
+    start, stop = (total * edge // processes for edge in (rank, rank + 1))
     if start == stop:
         return [(batch[0], total, total)]
     return [(index, start, total) for index in batch[start:stop]]
@@ -49,6 +49,11 @@ class Shares(Sampler[list[Row]]):
     def __len__(self) -> int:
         assert isinstance(self.batches, Sized)
         return len(self.batches)
+
+    @property
+    def sampler(self) -> Any:
+        """Where Lightning looks for `set_epoch`."""
+        return self.batches
 
     def __iter__(self) -> Iterator[list[Row]]:
         return (share(batch, self.rank, self.processes) for batch in self.batches)

@@ -33,14 +33,14 @@ class Maps:
 
     def tokens(self, side: int) -> Tensor:
         """The mean over layers and calls for each token, (S, side, side); square images only."""
-        found = []
+        layers = []
         for places, total in self.sums.items():
             own = math.isqrt(places)
             if own * own == places:
                 maps = (total / self.counts[places]).T.unflatten(1, (own, own))
-                found.append((self.counts[places], _resized(maps, side)))
-        weight = sum(count for count, _ in found)
-        return torch.stack([count / weight * maps for count, maps in found]).sum(0)
+                layers.append((self.counts[places], _resized(maps, side)))
+        weight = sum(count for count, _ in layers)
+        return torch.stack([count / weight * maps for count, maps in layers]).sum(0)
 
 
 def _resized(maps: Tensor, side: int) -> Tensor:
@@ -63,21 +63,21 @@ class _Recording:
     ) -> Tensor:
         if encoder_hidden_states is not None and hidden_states.dim() == 3:
             q, k = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-            q, k = (one.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float() for one in (q, k))
+            q, k = (projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float() for projected in (q, k))
             self.maps.add((q @ k.transpose(-1, -2) * attn.scale).softmax(-1))
-        made: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
-        return made
+        hidden: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
+        return hidden
 
 
 @contextmanager
 def recorded(network: Any, rows: int = 1) -> Iterator[Maps]:
     """Within it a diffusers U-Net's cross-attention is recorded; afterwards its processors are the ones it had."""
-    held, maps = dict(network.attn_processors), Maps(rows)
-    network.set_attn_processor({name: _Recording(one, maps) for name, one in held.items()})
+    before, maps = dict(network.attn_processors), Maps(rows)
+    network.set_attn_processor({name: _Recording(processor, maps) for name, processor in before.items()})
     try:
         yield maps
     finally:
-        network.set_attn_processor(held)
+        network.set_attn_processor(before)
 
 
 def shares(maps: Tensor, words: Sequence[tuple[str, Sequence[int]]]) -> Tensor:

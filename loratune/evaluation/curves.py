@@ -62,11 +62,11 @@ def smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[floa
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
-    made = []
+    smoothed = []
     for at, (step, _) in enumerate(points):
         half = min(width // 2, at, len(points) - 1 - at)
-        made.append((step, (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)))
-    return made
+        smoothed.append((step, (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)))
+    return smoothed
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -96,14 +96,14 @@ def chart(lines: Sequence[Series], unit: str = "", zero: bool = False, log: bool
     parts = [_axes(scale, unit, zero)]
     colour = 0
     legend = []
-    for line in sorted(lines, key=lambda one: not one.faint):
+    for line in sorted(lines, key=lambda line: not line.faint):
         own = line.colour if line.colour is not None else colour
         colour += not line.faint
         parts.append(_drawn(line, scale, own % COLOURS + 1))
         if not line.faint:
             legend.append(f'<span class="key c{own % COLOURS + 1}">{escape(line.name)}</span>')
-    said = escape(", ".join(line.name for line in lines if not line.faint))
-    image = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
+    label = escape(", ".join(line.name for line in lines if not line.faint))
+    image = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return image + (f'<p class="legend">{" ".join(legend)}</p>' if legend else "")
 
 
@@ -142,45 +142,47 @@ class _Scale:
         if not self.log:
             return ticks(self.low, self.high)
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-        within = [value for value in found if self.low <= math.log10(value) <= self.high]
+        values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        within = [value for value in values if self.low <= math.log10(value) <= self.high]
         return within if len(within) <= 7 else [value for value in within if f"{value:e}".startswith("1.")]
 
 
 def _axes(scale: _Scale, unit: str, zero: bool) -> str:
-    made = []
+    elements = []
     for value in scale.marks():
         y = scale.y(value)
         kind = "zero" if zero and value == 0 else "grid"
-        made.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        made.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        elements.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        elements.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
     base = HEIGHT - BOTTOM
     for step in ticks(scale.first, scale.last, 6):
-        made.append(f'<text x="{scale.x(step):.1f}" y="{base + 17}" text-anchor="middle">{number(step)}</text>')
-    made.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    made.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
+        elements.append(f'<text x="{scale.x(step):.1f}" y="{base + 17}" text-anchor="middle">{number(step)}</text>')
+    elements.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    elements.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
     if unit:
-        made.append(f'<text class="unit" x="{LEFT}" y="{TOP - 1}">{escape(unit)}</text>')
-    return "".join(made)
+        elements.append(f'<text class="unit" x="{LEFT}" y="{TOP - 1}">{escape(unit)}</text>')
+    return "".join(elements)
 
 
 def _drawn(line: Series, scale: _Scale, colour: int) -> str:
     whole = len(line.points) <= MOST_POINTS
     places = [(scale.x(step), scale.y(value)) for step, value in thin(line.points)]
-    made = []
+    elements = []
     if line.errors and whole:
         pairs = list(zip(line.points, line.errors, strict=True))
         edge = [(scale.x(step), scale.y(value + error)) for (step, value), error in pairs]
         edge += [(scale.x(step), scale.y(value - error)) for (step, value), error in reversed(pairs)]
-        made.append(f'<polygon class="band c{colour}" points="{_path(edge)}"/>')
+        elements.append(f'<polygon class="band c{colour}" points="{_path(edge)}"/>')
     kind = "faint" if line.faint else "line"
-    made.append(f'<polyline class="{kind} c{colour}" points="{_path(places)}"/>')
+    elements.append(f'<polyline class="{kind} c{colour}" points="{_path(places)}"/>')
     if not line.faint and len(line.points) <= SHOWN_AS_DOTS:
         errors = line.errors or [0.0] * len(line.points)
         for (x, y), (step, value), error in zip(places, line.points, errors, strict=True):
-            told = f"step {number(step)}: {number(value)}" + (f" ± {number(error)}" if error else "")
-            made.append(f'<circle class="c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')
-    return "".join(made)
+            title = f"step {number(step)}: {number(value)}" + (f" ± {number(error)}" if error else "")
+            elements.append(
+                f'<circle class="c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{title}</title></circle>'
+            )
+    return "".join(elements)
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:
@@ -194,10 +196,10 @@ def bars(values: Sequence[tuple[str, float]], unit: str = "") -> str:
     most = max(value for _, value in values) or 1.0
     row, left, right = 24, 190, 70
     tall = row * len(values) + 22
-    made = [f'<text class="unit" x="{left}" y="12">{escape(unit)}</text>'] if unit else []
+    elements = [f'<text class="unit" x="{left}" y="12">{escape(unit)}</text>'] if unit else []
     for at, (name, value) in enumerate(values):
         y, wide = 20 + row * at, (WIDTH - left - right) * value / most
-        made.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        made.append(f'<rect class="c1" x="{left}" y="{y}" width="{max(wide, 0.5):.1f}" height="{row - 7}" rx="2"/>')
-        made.append(f'<text x="{left + wide + 6:.1f}" y="{y + 13}">{number(value)}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {tall}" role="img" aria-label="{escape(unit)}">{"".join(made)}</svg>'
+        elements.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        elements.append(f'<rect class="c1" x="{left}" y="{y}" width="{max(wide, 0.5):.1f}" height="{row - 7}" rx="2"/>')
+        elements.append(f'<text x="{left + wide + 6:.1f}" y="{y + 13}">{number(value)}</text>')
+    return f'<svg viewBox="0 0 {WIDTH} {tall}" role="img" aria-label="{escape(unit)}">{"".join(elements)}</svg>'

@@ -1,10 +1,9 @@
-"""While it runs: the adapted network beside its base on fixed images, and the run's page."""
+"""While it runs: the adapted network compared with its base on fixed images, and the run's report."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,7 +32,7 @@ from loratune.evaluation.paired import (
 from loratune.evaluation.run_page import write_page
 from loratune.families.model import Model
 from loratune.lora.norms import norms_by_block
-from loratune.runs.history import History
+from loratune.runs.loggers import log_numbers, log_warning
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 from loratune.training.ranges import add, means, range_names
@@ -46,22 +45,22 @@ MONITORED = (f"{HELD_OUT}/", f"{TRAINING}/", f"{PROMPTS}/", "drift")
 
 
 class Evaluate(L.Callback):
-    """Compare the adapted network with its base on the same images, steps and noise, and write the run's page.
+    """Compare the adapted network with its base on the same images, timesteps and noise, and write the run's report.
 
     At validations held_out/gap, training/gap and neutral/gap are logged (below 0 the adapted network is better), each
     with its standard error gap_se, and drift: how far its output has moved from the base's on neutral prompts. A
     checkpoint.monitor or EarlyStopping may name them. Training itself is the same with and without.
 
     Args:
-        every_n_steps: at the first validation after so many steps, and at the end; at each validation where a
-            checkpoint or early stopping waits for it; 0 never compares.
-        images: how many held-out images, and how many of the training's; always the same ones.
-        prompts: neutral ones, without the style; the base's own drawings of them are its images. None measures no
-            drift.
-        levels: at how many steps t, spread evenly, each image is compared, and into how many ranges of t the
-            training loss is parted.
+        every_n_steps: steps between comparisons, each made at the next validation, and one at the end; 0 turns them
+            off. Where a checkpoint or early stopping monitors one of these metrics, every validation compares.
+        images: number of held-out images, and as many training images; the same ones each time.
+        prompts: neutral prompts, without the style; drift is measured on the base's own samples of them. None
+            measures no drift.
+        levels: number of timesteps, evenly spaced, at which each image is compared; and number of ranges of
+            timesteps over which the training loss is averaged.
         seed: of the noise.
-        figures: at the end draw the forward and the reverse process, and where the words of a prompt are seen.
+        figures: at the end show the forward and the reverse process, and the cross-attention to a prompt's words.
         report: write report.html into the run's folder.
     """
 
@@ -86,27 +85,18 @@ class Evaluate(L.Callback):
         self.levels, self.seed, self.figures, self.report = levels, seed, figures, report
         self._sets: dict[str, list[Chunk]] = {}
         self._base: dict[str, Outputs] = {}
-        self._history: History | None = None
         self._at, self._step, self._steps = 0, -1, 1000
         self._sums: Tensor | None = None
         self._best: dict[str, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep what is logged in the run's folder too."""
-        if stage == "fit" and self._history is None:
-            self._history = History(Path(trainer.default_root_dir))
-            trainer.loggers = [*trainer.loggers, self._history]
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the images and keep what the base makes of them, while the text encoder and the VAE are here."""
         self._step = trainer.global_step
-        if self._history is not None:
-            self._history.begin(trainer.global_step)
         if not (self.every_n_steps and isinstance(pl_module, LoRAModule)):
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-            told = type(trainer.strategy).__name__
-            log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", told)
+            strategy = type(trainer.strategy).__name__
+            log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", strategy)
             return
         self._steps = len(pl_module.model.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
@@ -115,8 +105,8 @@ class Evaluate(L.Callback):
         if trainer.global_step == 0 and self._sets:
             # At B = 0 both are the same, exactly.
             anew = pl_module.lora.init_from is None
-            found = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
-            self._send(trainer, found, 0)
+            metrics = self._found(0, self._base).metrics() if anew else self._compare(trainer, pl_module)
+            log_numbers(trainer, metrics, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._by_range(trainer, pl_module)
@@ -124,7 +114,7 @@ class Evaluate(L.Callback):
         self._step = step
         # Without a validation there is nothing to wait for.
         if self._base and stepped and not _validates(trainer) and self._due(trainer) and step < trainer.max_steps:
-            self._send(trainer, self._compare(trainer, pl_module), step)
+            log_numbers(trainer, self._compare(trainer, pl_module), step)
             self._write(trainer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,7 +128,7 @@ class Evaluate(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._base and self._at != trainer.global_step:
-            self._send(trainer, self._compare(trainer, pl_module), trainer.global_step)
+            log_numbers(trainer, self._compare(trainer, pl_module), trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The figures and the page, when all else is done."""
@@ -152,13 +142,13 @@ class Evaluate(L.Callback):
         return trainer.global_step - self._at >= self.every_n_steps
 
     def _choose(self, data: Any, module: LoRAModule) -> dict[str, list[Chunk]]:
-        made: dict[str, list[Chunk]] = {}
+        sets: dict[str, list[Chunk]] = {}
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
             if len(rows) and self.images:
-                made[name] = fixed_chunks(module.model, rows, self.images, data.batch_size)
+                sets[name] = fixed_chunks(module.model, rows, self.images, data.batch_size)
         if self.prompts:
-            made[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
-        return made
+            sets[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
+        return sets
 
     def _outputs(self, module: LoRAModule) -> dict[str, Outputs]:
         return {
@@ -168,18 +158,18 @@ class Evaluate(L.Callback):
 
     def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         with evaluating(trainer, module):
-            made = self._outputs(module)
+            adapted = self._outputs(module)
             norms = norms_by_block(module.layers())
         self._at = trainer.global_step
-        self._watch(trainer, {name: one.losses for name, one in made.items() if name != PROMPTS})
-        return self._found(self._at, made).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
+        self._watch(trainer, {name: outputs.losses for name, outputs in adapted.items() if name != PROMPTS})
+        return self._found(self._at, adapted).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
 
-    def _found(self, step: int, made: Mapping[str, Outputs]) -> Evaluation:
-        gaps = {name: gap(made[name].losses, self._base[name].losses) for name in made}
-        moved = drift(made[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in made else float("nan")
+    def _found(self, step: int, adapted: Mapping[str, Outputs]) -> Evaluation:
+        gaps = {name: gap(adapted[name].losses, self._base[name].losses) for name in adapted}
+        moved = drift(adapted[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in adapted else float("nan")
         parts: dict[int, float] = {}
-        if HELD_OUT in made:
-            apart = (made[HELD_OUT].losses - self._base[HELD_OUT].losses).mean(0).tolist()
+        if HELD_OUT in adapted:
+            apart = (adapted[HELD_OUT].losses - self._base[HELD_OUT].losses).mean(0).tolist()
             parts = dict(zip(middles(self._steps, self.levels), apart, strict=True))
         return Evaluation(step, gaps, moved, parts)
 
@@ -189,21 +179,20 @@ class Evaluate(L.Callback):
             return
         best = self._best
         if not best or float(losses[HELD_OUT].mean()) < float(best[HELD_OUT].mean()):
-            self._best = {"step": self._at, "told": False, **losses}
+            self._best = {"step": self._at, "warned": False, **losses}
             return
         risen = rise(losses[HELD_OUT], best[HELD_OUT])
         better = TRAINING in losses and float(losses[TRAINING].mean()) < float(best[TRAINING].mean())
-        if risen is None or not better or best["told"]:
+        if risen is None or not better or best["warned"]:
             return
-        best["told"] = True
+        best["warned"] = True
         text = (
             f"held-out loss rose by {risen.mean:.4f} (standard error {risen.error:.4f}) since step {best['step']}, "
-            "while the training images' fell: the adapter learns them by heart; stop near that step, "
+            "while the training images' fell: overfitting; stop near that step, "
             "or lower the rank or the learning rate"
         )
         log.warning("step %d: %s", self._at, text)
-        if self._history is not None:
-            self._history.note("warning", text, self._at)
+        log_warning(trainer, text, self._at)
 
     def _by_range(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not isinstance(module, DiffusionModule) or module.latest is None:
@@ -218,14 +207,10 @@ class Evaluate(L.Callback):
             return
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
-        found = zip(range_names(steps, self.levels), means(every), strict=True)
+        ranges = zip(range_names(steps, self.levels), means(every), strict=True)
         # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
-        self._send(trainer, {f"train/loss_{name}": mean for name, mean in found if mean == mean}, done - 1)
+        log_numbers(trainer, {f"train/loss_{name}": mean for name, mean in ranges if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
-
-    def _send(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step)
 
     def _write(self, trainer: L.Trainer) -> None:
         if self.report and trainer.is_global_zero and trainer.state.fn == "fit":
@@ -243,7 +228,7 @@ class Evaluate(L.Callback):
 def _own(data: Any) -> Subset[Any]:
     """The training images that are no regularization."""
     entries, sources = data.training.entries, data.sources
-    return Subset(data.training, [i for i, one in enumerate(entries) if sources[one.source].role == "training"])
+    return Subset(data.training, [i for i, entry in enumerate(entries) if sources[entry.source].role == "training"])
 
 
 def _validates(trainer: L.Trainer) -> bool:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +18,9 @@ from loratune.evaluation.paired import evaluating, fixed_chunks
 from loratune.evaluation.strips import evenly, forward_states, heat, strip
 from loratune.families.model import Model
 from loratune.families.sampling import sample_latents
-from loratune.formats.atomic import atomic_path
+from loratune.formats.atomic import atomic_path, tolerated
 from loratune.formats.images import to_image
+from loratune.runs.loggers import log_image
 from loratune.training.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -34,23 +33,17 @@ LOOKED_AT = 64
 def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> None:
     """An image into the run's folder, as figures/NAME.png, and into TensorBoard; where the disk is full, said."""
     path = Path(trainer.default_root_dir) / FOLDER / f"{name}.png"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            image.save(temporary, "PNG")
-    except OSError as error:
-        log.warning("%s: not written (%s); training goes on", path, error)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
+    with tolerated(path), atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
+    log_image(trainer, image, tag)
 
 
 def draw_figures(trainer: L.Trainer, module: L.LightningModule, model: Model, seed: int) -> None:
     """Draw and save them; a device without the memory for it loses them, and not the run."""
     try:
         with evaluating(trainer, module):
-            made = figures(model, getattr(trainer, "datamodule", None), seed)
-            for name, image in made.items() if trainer.is_global_zero else ():
+            images = figures(model, getattr(trainer, "datamodule", None), seed)
+            for name, image in images.items() if trainer.is_global_zero else ():
                 save_figure(trainer, image, name, f"figures/{name}")
     except (torch.OutOfMemoryError, MemoryError) as error:
         log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])
@@ -73,7 +66,7 @@ def figures(model: Model, data: Any, seed: int) -> dict[str, Image.Image]:
     steps = evenly(len(model.noise_schedule), SHOWN)
     noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
     states = forward_states(x_0, noise, model.noise_schedule.at, steps)
-    made = {"forward": strip(_decoded(model, states), [f"t = {t}" for t in steps])}
+    images = {"forward": strip(_decoded(model, states), [f"t = {t}" for t in steps])}
     estimates: list[Tensor] = []
 
     def keep(done: int, estimate: Tensor) -> None:
@@ -87,14 +80,14 @@ def figures(model: Model, data: Any, seed: int) -> dict[str, Image.Image]:
     if words := model.words(caption):
         with recorded(model.network) as maps:
             end = drawn()
-        made["words"] = _words(words, maps, _decoded(model, end)[0], end.shape[-1])
+        images["words"] = _words(words, maps, _decoded(model, end)[0], end.shape[-1])
     else:
         end = drawn()
     if estimates:
         kept = evenly(len(estimates), SHOWN)
         shown = _decoded(model, [estimates[at] for at in kept])
-        made["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
-    return made
+        images["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
+    return images
 
 
 def telling(captions: Sequence[str]) -> int:
@@ -105,11 +98,11 @@ def telling(captions: Sequence[str]) -> int:
 
 def _decoded(model: Model, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
     # One at a time: a VAE's memory for one image is known to be there.
-    return [to_image(model.decode(one[None]).clamp(-1, 1)[0]) for one in latents]
+    return [to_image(model.decode(latent[None]).clamp(-1, 1)[0]) for latent in latents]
 
 
 def _words(words: Sequence[tuple[str, Sequence[int]]], maps: Maps, image: Image.Image, side: int) -> Image.Image:
     seen = shares(maps.tokens(side), words)
     names = ["the image", *(word for word, _ in words[:MOST_WORDS])]
-    images = [image, *(heat(image, one) for one in seen[:MOST_WORDS])]
+    images = [image, *(heat(image, share) for share in seen[:MOST_WORDS])]
     return captioned(images, names, ACROSS)

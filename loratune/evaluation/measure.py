@@ -39,27 +39,27 @@ def measure(
     """Measure, print JSON, and write it to `out` where that is given."""
     reals, captions = read_images(data, size)
     if what == "vae":
-        found = measure_vae(load_with(base, lora), reals[:samples])
+        numbers = measure_vae(load_with(base, lora), reals[:samples])
     elif what == "nearest":
-        found = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance_scale, seed)
+        numbers = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance_scale, seed)
     else:
         if not style or not lora:
             raise UserError("measure style: give --lora FILE and --style DATA too")
         styled, names = read_images(style, size)
         if names != captions:
             raise UserError(f"{style}: its captions are not those of {data}, in the same order")
-        found = measure_style(base, lora, reals, styled, captions, size, steps, guidance_scale, seed)
-    print(json.dumps(found, indent=2))
+        numbers = measure_style(base, lora, reals, styled, captions, size, steps, guidance_scale, seed)
+    print(json.dumps(numbers, indent=2))
     if out:
-        out.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+        out.write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers
 
 
 def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
     """All images of a source, (N, 3, size, size) in [-1, 1], and their captions."""
     source = read_source(data)
-    pixels = [to_tensor(square(open_image(one.data), size)) for one in source]
-    return normalise(torch.stack(pixels)), [one.caption or "" for one in source]
+    pixels = [to_tensor(square(open_image(sample.data), size)) for sample in source]
+    return normalise(torch.stack(pixels)), [sample.caption or "" for sample in source]
 
 
 @torch.no_grad()
@@ -74,12 +74,12 @@ def measure_vae(model: Model, reals: Tensor) -> dict[str, Any]:
 
 def draw_all(model: Model, captions: Sequence[str], size: int, steps: int, guidance_scale: float, seed: int) -> Tensor:
     """An image for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
-    made = []
+    pixels = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [seed + start + i for i in range(len(part))]
-        made.append(sample_images(model, part, seeds, size, size, steps, guidance_scale).cpu())
-    return torch.cat(made)
+        pixels.append(sample_images(model, part, seeds, size, size, steps, guidance_scale).cpu())
+    return torch.cat(pixels)
 
 
 def measure_nearest(
@@ -95,8 +95,10 @@ def measure_nearest(
     """The nearest-image rates over samples of captions chosen at random."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
-    made = draw_all(model, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
-    rates = {f"nearest_of_20_by_{by.__name__}": round(nearest_rate(made, reals, chosen, by, seed=seed), 4) for by in BY}
+    images = draw_all(model, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
+    rates = {
+        f"nearest_of_20_by_{by.__name__}": round(nearest_rate(images, reals, chosen, by, seed=seed), 4) for by in BY
+    }
     return rates | {"samples": len(chosen), "guidance_scale": guidance_scale, "steps": steps}
 
 

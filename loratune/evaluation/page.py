@@ -117,10 +117,10 @@ def render(page: Page) -> str:
         parts.append(f'<p class="soft">{escape(page.subtitle)}</p>')
     parts += [f'<div class="warning" role="alert">{escape(text)}</div>' for text in page.warnings]
     if page.facts:
-        told = (
+        facts = (
             f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in page.facts
         )
-        parts.append(f'<div class="facts">{"".join(told)}</div>')
+        parts.append(f'<div class="facts">{"".join(facts)}</div>')
     cards = [card for card in page.cards if card.body]
     if cards:
         parts.append(f'<h2>Curves</h2><div class="cards">{"".join(map(_card, cards))}</div>')
@@ -128,7 +128,7 @@ def render(page: Page) -> str:
         parts.append(f"<h2>Numbers</h2>{_table(page.head, page.rows)}")
     if page.shown:
         share = page.most_bytes // len(page.shown)
-        parts.append("<h2>Images</h2>" + "".join(_figure(one, share) for one in page.shown))
+        parts.append("<h2>Images</h2>" + "".join(_figure(shown, share) for shown in page.shown))
     if page.recipe:
         parts.append("<h2>Recipe</h2><details><summary>All settings, as they were resolved</summary>")
         parts.append(f"<pre>{escape(page.recipe)}</pre></details>")
@@ -164,18 +164,18 @@ def data_uri(image: Image.Image, most: int) -> str:
     image = image.convert("RGB")
     if image.width > WIDEST:
         image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-    made, kind = _bytes(image, "PNG"), "png"
-    while len(made) * 4 > most * 3:
+    data, kind = _bytes(image, "PNG"), "png"
+    while len(data) * 4 > most * 3:
         if kind == "jpeg":
             half = (max(1, image.width * 3 // 4), max(1, image.height * 3 // 4))
             if half == image.size:
                 break
             image = image.resize(half, Image.Resampling.LANCZOS)
-        made, kind = _bytes(image, "JPEG"), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(made).decode()}"
+        data, kind = _bytes(image, "JPEG"), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _bytes(image: Image.Image, kind: str) -> bytes:
-    held = io.BytesIO()
-    image.save(held, kind, **({"quality": 88} if kind == "JPEG" else {}))
-    return held.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return buffer.getvalue()

@@ -84,8 +84,10 @@ def gap(adapted: Tensor, base: Tensor) -> Gap:
 
 def drift(adapted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     """Relative squared difference of two networks' outputs: sum |f - f_0|^2 / sum |f_0|^2; 0 where they are alike."""
-    moved = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(adapted, base, strict=True))
-    return moved / max(sum(float(one.double().square().sum()) for one in base), 1e-30)
+    moved = sum(
+        float((output.double() - other.double()).square().sum()) for output, other in zip(adapted, base, strict=True)
+    )
+    return moved / max(sum(float(output.double().square().sum()) for output in base), 1e-30)
 
 
 def levels(steps: int, count: int) -> list[int]:
@@ -112,22 +114,22 @@ def fixed_chunks(model: Model, rows: Any, most: int, size: int) -> list[Chunk]:
         sample = rows[index]
         shapes.setdefault(tuple(sample["mean" if "mean" in sample else "pixels"].shape), []).append((number, sample))
     chunks = []
-    for held in shapes.values():
-        for start in range(0, len(held), size):
-            part = held[start : start + size]
+    for alike in shapes.values():
+        for start in range(0, len(alike), size):
+            part = alike[start : start + size]
             batch = _encoded(model, collate([sample for _, sample in part]))
             chunks.append(Chunk([number for number, _ in part], model.x_0(batch, None).cpu(), batch))
     return chunks
 
 
 def _encoded(model: Model, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch as the network's model starts from it; images that are in no cache are encoded here."""
+    """A batch as the network starts from it; images that are in no cache are encoded here."""
     if model.batch_kind != "latents" or "mean" in batch:
         return batch
     with torch.no_grad():
-        made = model.encode_images(normalise(batch["pixels"]).to(model.device))
+        encoded = model.encode_images(normalise(batch["pixels"]).to(model.device))
     kept = {name: value for name, value in batch.items() if name != "pixels"}
-    return kept | {name: value.cpu() for name, value in made.items()}
+    return kept | {name: value.cpu() for name, value in encoded.items()}
 
 
 def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
@@ -157,13 +159,13 @@ def outputs(
     kept: list[Tensor] = []
     for chunk in chunks:
         batch = move_data_to_device(chunk.batch, device)
-        x_0, told = chunk.x_0.to(device), module._condition(batch, None)
-        told = model.family.conditioned(told, batch)
+        x_0, condition = chunk.x_0.to(device), module._condition(batch, None)
+        condition = model.family.conditioned(condition, batch)
         for part, step in enumerate(levels(len(model.noise_schedule), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
             a, b = model.noise_schedule.at(t, x_0)
-            output = model.denoise(diffuse(x_0, noise, a, b), model.noise_schedule.time(t), told)
+            output = model.denoise(diffuse(x_0, noise, a, b), model.noise_schedule.time(t), condition)
             error = weighted_error(output, target(model.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
             losses[chunk.numbers, part] = error.double().cpu()
             if keep:
@@ -197,10 +199,10 @@ def base_alone(module: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for component, part in module.model.components().items():
             for name, layer in adapted_layers(part).items():
-                if held := start.get(f"{component}.{canonical_module_name(component, part, name)}"):
+                if initial := start.get(f"{component}.{canonical_module_name(component, part, name)}"):
                     own = factors(layer)
-                    stack.enter_context(_holding(own["down"], held[0]))
-                    stack.enter_context(_holding(own["up"], held[1]))
+                    stack.enter_context(_holding(own["down"], initial[0]))
+                    stack.enter_context(_holding(own["up"], initial[1]))
                 else:
                     stack.enter_context(_off(layer))
         rows, first = getattr(module, "_rows", []), getattr(module, "_first_rows", [])
@@ -240,8 +242,8 @@ def check_weights(module: Any, weights: Sequence[float]) -> None:
             raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
         return
     if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
-        told = "with lora.init pissa and olora only 0 and 1 can be drawn"
-        raise UserError(f"samples.weights has {odd[0]:g}: {told}; change either")
+        reason = "with lora.init pissa and olora only 0 and 1 can be drawn"
+        raise UserError(f"samples.weights has {odd[0]:g}: {reason}; change either")
 
 
 @contextmanager
@@ -257,13 +259,13 @@ def weighted(module: Any, weight: float) -> Iterator[None]:
             yield
         return
     layers = [layer for part in _parts(module) for layer in adapted_layers(part).values()]
-    held = [dict(layer.scaling) for layer in layers]
+    scalings = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
             layer.scaling.update({name: weight * scale for name, scale in layer.scaling.items()})
         yield
     finally:
-        for layer, scaling in zip(layers, held, strict=True):
+        for layer, scaling in zip(layers, scalings, strict=True):
             layer.scaling.update(scaling)
 
 
@@ -274,8 +276,8 @@ def _parts(module: Any) -> Sequence[nn.Module]:
 
 def rise(now: Tensor, best: Tensor) -> Gap | None:
     """How far losses (n, k) are above those of an earlier step: None where it is within two standard errors."""
-    found = gap(now, best)
-    return found if found.mean > 2 * found.error else None  # False for nan
+    difference = gap(now, best)
+    return difference if difference.mean > 2 * difference.error else None  # False for nan
 
 
 @dataclass(frozen=True)
@@ -296,9 +298,13 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """As they are logged; what is not a number is left out."""
-        found: dict[str, float] = {}
-        for name, one in self.gaps.items():
-            found |= {f"{name}/gap": one.mean, f"{name}/gap_se": one.error, f"{name}/loss": one.adapted}
-        found |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
-        found["drift"] = self.drift
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics: dict[str, float] = {}
+        for name, estimate in self.gaps.items():
+            metrics |= {
+                f"{name}/gap": estimate.mean,
+                f"{name}/gap_se": estimate.error,
+                f"{name}/loss": estimate.adapted,
+            }
+        metrics |= {f"held_out/gap_t{t}": value for t, value in self.levels.items()}
+        metrics["drift"] = self.drift
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}

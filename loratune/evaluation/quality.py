@@ -73,14 +73,14 @@ def nearest_rate(
     if len(reals) < candidates:
         raise ValueError(f"{len(reals)} real images are fewer than {candidates} candidates")
     random = torch.Generator().manual_seed(seed)
-    made, real = by(samples).cpu(), by(reals).cpu()
+    features, real = by(samples).cpu(), by(reals).cpu()
     hits = 0
-    for feature, index in zip(made, right.tolist(), strict=True):
+    for feature, index in zip(features, right.tolist(), strict=True):
         others = torch.randperm(len(real) - 1, generator=random)[: candidates - 1]
         others = others + (others >= index)
         distance = (real[torch.cat([torch.tensor([index]), others])] - feature).square().sum(1)
         hits += int(distance.argmin() == 0)
-    return hits / len(made)
+    return hits / len(features)
 
 
 def share_of_the_way(start: float, reached: float, goal: float) -> float:

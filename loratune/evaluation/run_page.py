@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from loratune.evaluation.curves import Series, bars, chart, number, smooth
 from loratune.evaluation.figures import FOLDER
 from loratune.evaluation.page import Card, Page, Shown, render
 from loratune.evaluation.strips import FIGURES
-from loratune.formats.atomic import atomic_path
+from loratune.formats.atomic import atomic_path, tolerated
 from loratune.runs.folder import RECIPE
-from loratune.runs.log_history import FILE, Curves, curves, notes, read
+from loratune.runs.history import FILE, Curves, curves, notes, read
 
-log = logging.getLogger(__name__)
 REPORT = "report.html"
 SETS = {"held_out": "held-out images", "training": "training images", "neutral": "neutral prompts"}
 MOST_GRIDS = 4
@@ -29,26 +27,22 @@ NOISY = 12  # points, from which on a line is smoothed
 def write_page(trainer: L.Trainer) -> None:
     """Write report.html into the run's folder, whole or not at all; where it cannot be written the run goes on."""
     folder = Path(trainer.default_root_dir)
-    try:
-        text = render(page_of(folder, trainer.global_step, trainer.max_steps, _told(trainer)))
-        with atomic_path(folder / REPORT) as path:
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        log.warning("%s: not written (%s); training goes on", folder / REPORT, error)
+    with tolerated(folder / REPORT), atomic_path(folder / REPORT) as path:
+        path.write_text(render(page_of(folder, trainer.global_step, trainer.max_steps, _told(trainer))), "utf-8")
 
 
 def _told(trainer: L.Trainer) -> list[tuple[str, str]]:
     module: Any = trainer.lightning_module
     data: Any = getattr(trainer, "datamodule", None)
-    trained = sum(one.numel() for one in module.parameters() if one.requires_grad)
-    found = [("base", Path(str(getattr(module, "base_name", ""))).name), ("trained parameters", f"{trained:,}")]
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    facts = [("base", Path(str(getattr(module, "base_name", ""))).name), ("trained parameters", f"{trained:,}")]
     for name, rows in (("training images", "training"), ("held out", "held_out")):
-        if (held := getattr(data, rows, None)) is not None:
-            found.append((name, f"{len(held):,}"))
-    return [(name, value) for name, value in found if value]
+        if (samples := getattr(data, rows, None)) is not None:
+            facts.append((name, f"{len(samples):,}"))
+    return [(name, value) for name, value in facts if value]
 
 
-def page_of(folder: Path, step: int, steps: int, told: Sequence[tuple[str, str]] = ()) -> Page:
+def page_of(folder: Path, step: int, steps: int, facts: Sequence[tuple[str, str]] = ()) -> Page:
     """A run's page.
 
     Args:
@@ -64,7 +58,7 @@ def page_of(folder: Path, step: int, steps: int, told: Sequence[tuple[str, str]]
     return Page(
         title=folder.resolve().name,
         subtitle=f"a run of loratune, at step {step:,}{of}",
-        facts=[*told, *_facts(lines)],
+        facts=[*facts, *_facts(lines)],
         warnings=[f"Step {at}: {text}" for at, text in notes(records)],
         cards=_cards(lines),
         head=("fixed images", "loss, base", "loss, adapted", "gap", "standard error", "smallest gap"),
@@ -75,41 +69,45 @@ def page_of(folder: Path, step: int, steps: int, told: Sequence[tuple[str, str]]
 
 
 def _facts(lines: Curves) -> list[tuple[str, str]]:
-    found = []
+    facts = []
     if train := lines.get("train/loss"):
         last = train[-min(20, len(train)) :]
-        found.append(("training loss, recent mean", number(sum(value for _, value in last) / len(last))))
+        facts.append(("training loss, recent mean", number(sum(value for _, value in last) / len(last))))
     if gap := lines.get("held_out/gap"):
         error = dict(lines.get("held_out/gap_se", [])).get(gap[-1][0])
-        found.append(("held-out gap", number(gap[-1][1]) + (f" ± {number(error)}" if error else "")))
+        facts.append(("held-out gap", number(gap[-1][1]) + (f" ± {number(error)}" if error else "")))
     if "drift" in lines:
-        found.append(("drift", number(lines["drift"][-1][1])))
+        facts.append(("drift", number(lines["drift"][-1][1])))
     if speed := lines.get("train/steps_per_second"):
-        found.append(("steps/s", number(sorted(value for _, value in speed)[len(speed) // 2])))
-    return found
+        facts.append(("steps/s", number(sorted(value for _, value in speed)[len(speed) // 2])))
+    return facts
 
 
 def _cards(lines: Curves) -> list[Card]:
     used: set[str] = set()
 
     def picked(pattern: str) -> list[tuple[str, list[tuple[int, float]]]]:
-        found = [(name, lines[name]) for name in lines if re.fullmatch(pattern, name)]
-        used.update(name for name, _ in found)
-        return found
+        matching = [(name, lines[name]) for name in lines if re.fullmatch(pattern, name)]
+        used.update(name for name, _ in matching)
+        return matching
 
     losses = [
         Series("each", points, faint=True, colour=0) for _, points in picked("train/loss") if len(points) >= NOISY
     ]
-    losses += [one for name, points in picked("train/loss") for one in _noisy("training", points)]
+    losses += [series for name, points in picked("train/loss") for series in _noisy("training", points)]
     losses += [Series("held out", points) for _, points in picked("val/loss")]
-    ranges = [one for name, points in picked(r"train/loss_t\d.*") for one in _noisy(name.partition("_")[2], points)]
+    ranges = [
+        series for name, points in picked(r"train/loss_t\d.*") for series in _noisy(name.partition("_")[2], points)
+    ]
     picked(r".*/gap_se|(held_out|training|neutral)/loss")
     levels = [Series(f"t = {name.rpartition('_t')[2]}", points) for name, points in picked(r"held_out/gap_t\d+")]
     drift = [Series("neutral prompts", points) for _, points in picked("drift")]
-    norms = sorted(((name[5:], points[-1][1]) for name, points in picked("norm/.*")), key=lambda one: _depth(one[0]))
+    norms = sorted(
+        ((name[5:], points[-1][1]) for name, points in picked("norm/.*")), key=lambda series: _depth(series[0])
+    )
     rates = [Series(name.removeprefix("train/"), points) for name, points in picked(r"(train/)?lr.*")]
     gradient = [Series("each", points, faint=True, colour=0) for _, points in picked("train/grad_norm")]
-    gradient += [one for _, points in picked("train/grad_norm") for one in _noisy("before clipping", points)]
+    gradient += [series for _, points in picked("train/grad_norm") for series in _noisy("before clipping", points)]
     gaps = _gaps(lines)
     picked(r".*/gap")
     cards = [
@@ -140,7 +138,7 @@ def _depth(block: str) -> tuple[str, int, str]:
     component, _, name = block.partition(".")
     order = ("conv_in", "time_", "add_", "down", "mid", "up", "conv_out")
     place = next((at for at, start in enumerate(order) if name.startswith(start)), len(order))
-    return component, place, re.sub(r"\d+", lambda found: found[0].zfill(4), name)
+    return component, place, re.sub(r"\d+", lambda match: match[0].zfill(4), name)
 
 
 def _noisy(name: str, points: list[tuple[int, float]]) -> list[Series]:
@@ -151,15 +149,15 @@ def _noisy(name: str, points: list[tuple[int, float]]) -> list[Series]:
 
 
 def _gaps(lines: Curves) -> list[Series]:
-    made = []
+    series = []
     for colour, (key, name) in enumerate(SETS.items()):
         points, errors = lines.get(f"{key}/gap", []), dict(lines.get(f"{key}/gap_se", []))
-        made.append(Series(name, points, [errors.get(step, 0.0) for step, _ in points], colour=colour))
-    return made
+        series.append(Series(name, points, [errors.get(step, 0.0) for step, _ in points], colour=colour))
+    return series
 
 
 def _rows(lines: Curves) -> list[list[str]]:
-    made = []
+    rows = []
     for key, name in SETS.items():
         gaps, losses = lines.get(f"{key}/gap"), dict(lines.get(f"{key}/loss", []))
         if not gaps or gaps[-1][0] not in losses:
@@ -167,22 +165,22 @@ def _rows(lines: Curves) -> list[list[str]]:
         step, gap = gaps[-1]
         loss, error = losses[step], dict(lines.get(f"{key}/gap_se", [])).get(step)
         best = min(gaps, key=lambda point: point[1])
-        told = [number(loss - gap), number(loss), number(gap), "" if error is None else number(error)]
-        made.append([name, *told, f"{number(best[1])} at step {best[0]:,}"])
-    return made
+        numbers = [number(loss - gap), number(loss), number(gap), "" if error is None else number(error)]
+        rows.append([name, *numbers, f"{number(best[1])} at step {best[0]:,}"])
+    return rows
 
 
 def _shown(folder: Path, step: int) -> list[Shown]:
     """Sample grids, the latest first, and the figures that there are."""
-    named = {int(found[1]): path for path in folder.glob("*.png") if (found := re.search(r"samples-(\d+)", path.name))}
+    named = {int(match[1]): path for path in folder.glob("*.png") if (match := re.search(r"samples-(\d+)", path.name))}
     steps = sorted(at for at in named if at <= step)
     kept = {steps[at * (len(steps) - 1) // max(1, MOST_GRIDS - 1)] for at in range(MOST_GRIDS)} if steps else set()
     note = "The same prompts from the same noise."
-    made = [(f"Samples at step {at:,}", named[at], note) for at in sorted(kept, reverse=True)]
-    made += [(title, folder / f"{name}.png", told) for name, (title, told) in FIGURES.items()]
+    images = [(f"Samples at step {at:,}", named[at], note) for at in sorted(kept, reverse=True)]
+    images += [(title, folder / f"{name}.png", note) for name, (title, note) in FIGURES.items()]
     shown = []
-    for title, path, told in made:
+    for title, path, note in images:
         if path.is_file():
             with Image.open(path) as image:
-                shown.append(Shown(title, image.convert("RGB"), told))
+                shown.append(Shown(title, image.convert("RGB"), note))
     return shown

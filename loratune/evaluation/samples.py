@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from loratune.evaluation.figures import save_figure
@@ -18,20 +17,21 @@ from loratune.evaluation.paired import check_weights, evaluating, weighted
 from loratune.families.model import Model
 from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
+from loratune.runs.loggers import log_text
 from loratune.training.sharding import draws
 
 
 class SampleGrid(L.Callback):
-    """Draw the same prompts from the same noise every so often, step 0 included, into TensorBoard.
+    """Sample the same prompts from the same noise at regular steps, step 0 included, into TensorBoard.
 
     Args:
-        prompts: what is drawn; none draws captions of held-out images (or of training images).
-        every_n_steps: steps between grids; 0 draws none.
-        seed: of the first prompt; the next ones count from it.
-        steps: of the sampler.
-        guidance_scale: scale of classifier-free guidance; 1 is none.
+        prompts: what to sample; none takes captions of held-out images (or of training images).
+        every_n_steps: steps between grids; 0 turns them off.
+        seed: of the first prompt; each next prompt adds 1.
+        steps: inference steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
-        weights: of the LoRA, a row of images for each; 0 is the base, 1 the LoRA as trained.
+        weights: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class SampleGrid(L.Callback):
         self.weights = tuple(weights)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
-        self._drawn_at = -1
-        self._base: Tensor | None = None  # the base's drawings, which do not change
+        self._sampled_at = -1
+        self._base: Tensor | None = None  # the base's samples, which do not change
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse weights that cannot be drawn."""
+        """Refuse LoRA scales that cannot be applied."""
         if self.every_n_steps and self.weights != (1.0,):
             check_weights(pl_module, self.weights)
 
@@ -67,33 +67,32 @@ class SampleGrid(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_n_steps:
-            self._draw(trainer, pl_module)
+            self._sample(trainer, pl_module)
 
     def _maybe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._draw(trainer, pl_module)
+            self._sample(trainer, pl_module)
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = getattr(pl_module, "model", None)
         step = trainer.global_step
-        if not isinstance(model, Model) or not draws(trainer) or step == self._drawn_at:
+        if not isinstance(model, Model) or not draws(trainer) or step == self._sampled_at:
             return
-        self._drawn_at = step
+        self._sampled_at = step
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
             rows = [self._row(trainer, pl_module, model, prompts, weight) for weight in self.weights]
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
-        images = [[to_image(one) for one in row] for row in rows]
+        images = [[to_image(pixels) for pixels in row] for row in rows]
         if len(rows) == 1:
             sheet = captioned(images[0], prompts, cell=cell)
         else:
             sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and step == 0:
-                logger.experiment.add_text("samples/prompts", "\n\n".join(prompts), step)
+        if step == 0:
+            log_text(trainer, "samples/prompts", "\n\n".join(prompts))
 
     def _row(
         self, trainer: L.Trainer, module: L.LightningModule, model: Model, prompts: Sequence[str], weight: float

@@ -51,9 +51,9 @@ def forward_states(x_0: Tensor, noise: Tensor, coefficients: Coefficients, steps
     Returns:
         (k, ...).
     """
-    held = x_0.expand(len(steps), *x_0.shape)
-    a, b = coefficients(torch.tensor(steps, device=x_0.device), held)
-    return diffuse(held, noise.expand_as(held), a, b)
+    states = x_0.expand(len(steps), *x_0.shape)
+    a, b = coefficients(torch.tensor(steps, device=x_0.device), states)
+    return diffuse(states, noise.expand_as(states), a, b)
 
 
 def strip(images: Sequence[Image.Image], names: Sequence[str], cell: int = 128) -> Image.Image:

@@ -40,8 +40,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, vae_exact: bool = 
     """
     base = Base.open(name)
     if base.variant != "text to image":
-        what = f"a base for {base.variant}, which can be merged and inspected"
-        raise UserError(f"{name}: {what}, but not trained or sampled here; give a base for text to image")
+        what = f"an {base.variant} model can be merged and inspected, but is not trained or drawn with here"
+        raise UserError(f"{name}: {what}; give a base for text to image")
     base.require_whole("training or sampling")
     weights = None if _WITHOUT_WEIGHTS.get() else base.weights()
     return build(base.configs, weights, tokenizers_of(base.path, base.family), dtype, name, vae_exact)

@@ -240,12 +240,12 @@ def words_of(pieces: Sequence[str], end: str = "</w>") -> list[tuple[str, list[i
         pieces: tokens of a prompt, without the special ones before and after.
         end: of a word.
     """
-    found: list[tuple[str, list[int]]] = []
+    words: list[tuple[str, list[int]]] = []
     open_word = False
     for number, piece in enumerate(pieces):
         if not open_word:
-            found.append(("", []))
-        word, places = found[-1]
-        found[-1] = (word + piece.removesuffix(end), [*places, number])
+            words.append(("", []))
+        word, places = words[-1]
+        words[-1] = (word + piece.removesuffix(end), [*places, number])
         open_word = not piece.endswith(end)
-    return found
+    return words

@@ -287,9 +287,10 @@ class StableDiffusion2(StableDiffusion):
         """
         if self._inpainting(configs):
             return
-        bias = () if "prediction_type" in self.stated(header) else values(SPREAD_KEY)
-        if len(bias) and bias.std() > V_SPREAD:
-            configs["scheduler"]["prediction_type"] = "v_prediction"
+        if "prediction_type" not in self.stated(header):
+            bias = values(SPREAD_KEY)
+            if len(bias) and bias.std() > V_SPREAD:
+                configs["scheduler"]["prediction_type"] = "v_prediction"
         if _is_v(configs):
             configs["unet"]["sample_size"] = 96
 

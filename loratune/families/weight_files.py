@@ -15,7 +15,7 @@ FULL = ""
 # Of several variants, what is read first; averages and the like come last.
 PREFERRED = (FULL, "fp32", "bf16", "fp16")
 VARIANT = r"(?:\.(?P<{}>[A-Za-z][\w]*))?"
-SHARD = r"(?:-(?P<number>\d+)-of-(?P<count>\d+))?"
+SHARD = rf"(?:-(?P<number>\d+)-of-\d+{VARIANT.format('late')})?"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def variants_of(names: Iterable[str], weights: str) -> dict[str, WeightFiles]:
         weights: the name of the whole file, such as `model.safetensors`.
     """
     stem = re.escape(weights.removesuffix(".safetensors"))
-    file_name = re.compile(stem + VARIANT.format("early") + SHARD + VARIANT.format("late") + r"\.safetensors")
+    file_name = re.compile(stem + VARIANT.format("early") + SHARD + r"\.safetensors")
     index_name = re.compile(
         stem
         + VARIANT.format("early")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import secrets
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loratune.errors import UserError
+from loratune.errors import UnwritableError, UserError
+
+log = logging.getLogger(__name__)
 
 RENAME_EXCHANGE = 2  # renameat2(2), Linux
 AT_FDCWD = -100
@@ -82,8 +85,8 @@ def remove_leftovers(path: Path) -> None:
     """Delete the temporary files and folders for `path` of this machine's processes that have ended."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)\.[0-9a-f]+\.tmp")
     for entry in path.parent.iterdir():
-        found = pattern.fullmatch(entry.name)
-        if found and not _alive(int(found[1])):
+        match = pattern.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
             _delete(entry)
 
 
@@ -113,8 +116,18 @@ def _removed_on_failure(path: Path, temporary: Path) -> Iterator[None]:
     except BaseException as error:
         _delete(temporary)
         if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error}); make room, or give another place") from error
+            raise UnwritableError(f"{path}: cannot be written ({error}); make room, or give another place") from error
         raise
+
+
+@contextmanager
+def tolerated(path: Path | str) -> Iterator[None]:
+    """Within it a file that cannot be written is said, and training goes on without it."""
+    try:
+        yield
+    except (OSError, UnwritableError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        log.warning("%s: not written (%s); training goes on", path, reason)
 
 
 def _delete(path: Path) -> None:
@@ -125,20 +138,20 @@ def _delete(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _exchange(one: Path, other: Path) -> None:
+def _exchange(path: Path, other: Path) -> None:
     """Change the names of two folders with each other, in one step where the system can."""
     with suppress(AttributeError):
         call = ctypes.CDLL(None).renameat2
-        if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        if call(AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
             return
     aside = other.with_name(f"{other.name}.before-{secrets.token_hex(6)}")  # no leftover: it may be the only copy
     os.replace(other, aside)
     try:
-        os.replace(one, other)
+        os.replace(path, other)
     except OSError:
         os.replace(aside, other)
         raise
-    os.replace(aside, one)
+    os.replace(aside, path)
 
 
 def _sync(path: Path) -> None:

@@ -172,9 +172,9 @@ def rewrite(
     header = read_header(source)
     if missing := sorted(set(patches) - set(header.tensors)):
         raise KeyError(f"{source}: there is no tensor {missing[0]!r} to patch ({len(missing)} missing in all)")
-    told = header.metadata if metadata is None else metadata
+    metadata = header.metadata if metadata is None else metadata
     with atomic_path(destination) as temporary, source.open("rb") as old, temporary.open("wb") as new:
-        new.write(header_bytes(header.tensors.items(), told))
+        new.write(header_bytes(header.tensors.items(), metadata))
         old.seek(header.data_offset)
         for key, info in header.tensors.items():
             if key in patches:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+BAND = 256  # rows
+ORIENTATION = 0x0112  # of EXIF
 MOST_PIXELS = 178_956_970
 """An image that claims more is not decoded: small files can claim to be hundreds of gigabytes."""
 
@@ -49,10 +51,13 @@ def _decode(data: bytes) -> Image.Image:
     if opened.width * opened.height > MOST_PIXELS:
         raise Image.DecompressionBombError
     opened.load()
-    image: Image.Image = ImageOps.exif_transpose(opened)
+    image: Image.Image = opened
+    if opened.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(opened)
     if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
         image = ImageChops.invert(image)  # Pillow takes every JPEG's inks for Adobe's, which are inverted
-    return _on_white(_eight_bits(image)).convert("RGB")
+    image = _on_white(_eight_bits(image))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -62,20 +67,26 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image, dtype=np.float64)
-    grey = Image.fromarray((values / 257).round().clip(0, 255).astype("uint8"))
+    values = np.asarray(image)
+    scaled = np.clip(values, 0, 65535).astype(np.uint32)
+    scaled += 128
+    scaled //= 257  # to the nearest: 257 is odd, so that no value lies in the middle of two
+    grey = Image.fromarray(scaled.astype(np.uint8))
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype("uint8")))
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, "white")
-    canvas.alpha_composite(image)
-    return canvas
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):  # a band at a time, so that the image is not held four times
+        box = (0, top, image.width, min(top + BAND, image.height))
+        band = Image.new("RGBA", (image.width, box[3] - top), "white")
+        band.alpha_composite(image.crop(box).convert("RGBA"))
+        flat.paste(band.convert("RGB"), box)
+    return flat
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

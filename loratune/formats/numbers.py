@@ -64,10 +64,10 @@ def widened(raw: Bytes, dtype: str, kind: Any = np.float32) -> Array:
 
 def _wide_half(bits: NDArray[np.int16]) -> Array:
     """Finite float16 numbers by their bits as float32: shifted to their places and scaled by 2^112, which is exact."""
-    made = bits.astype(np.int32)  # the sign is repeated to the left, and stays where float32 has it
-    made <<= 13
-    made &= np.int32(-0x70002000)
-    values = made.view(np.float32)
+    wide = bits.astype(np.int32)  # the sign is repeated to the left, and stays where float32 has it
+    wide <<= 13
+    wide &= np.int32(-0x70002000)
+    values = wide.view(np.float32)
     values *= TWO_TO_112
     return values
 
@@ -106,11 +106,11 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     odd += 0xFFF
     bits += odd
     bits >>= 13
-    made = bits.astype(np.uint16)
-    made |= (values.view(np.uint32) >> 16).astype(np.uint16) & 0x8000
+    halves = bits.astype(np.uint16)
+    halves |= (values.view(np.uint32) >> 16).astype(np.uint16) & 0x8000
     small = np.flatnonzero(sizes < 2.0 ** FLOATS["F16"].smallest)
-    made[small] = values[small].astype(np.float16).view(np.uint16)
-    return made
+    halves[small] = values[small].astype(np.float16).view(np.uint16)
+    return halves
 
 
 def _bfloat(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -121,10 +121,10 @@ def _bfloat(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     odd += 0x7FFF
     odd += bits
     odd >>= 16
-    made = odd.astype(np.uint16)
+    rounded = odd.astype(np.uint16)
     if (wrong := np.isnan(values)).any():
-        made[wrong] = (bits[wrong] >> 16).astype(np.uint16) | 0x40  # quiet, its sign kept
-    return made
+        rounded[wrong] = (bits[wrong] >> 16).astype(np.uint16) | 0x40  # quiet, its sign kept
+    return rounded
 
 
 def _odd(values: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -41,15 +41,15 @@ NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFAULT, errno.E
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
     """Ranges in order, those that touch or overlap made one, empty ones left out."""
-    made: list[Range] = []
+    merged: list[Range] = []
     for start, stop in sorted(ranges):
         if start >= stop:
             continue
-        if made and start <= made[-1][1]:
-            made[-1] = (made[-1][0], max(stop, made[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            made.append((start, stop))
-    return made
+            merged.append((start, stop))
+    return merged
 
 
 def without(ranges: Iterable[Range], taken: Iterable[Range]) -> list[Range]:
@@ -288,7 +288,7 @@ class Writer:
         """Copy these from the output's source; nothing is done where the file shares its bytes."""
         if not output.shared:
             with self._changed:
-                self._copies.extend((output, *one) for one in ranges)
+                self._copies.extend((output, *bounds) for bounds in ranges)
                 self._changed.notify_all()
 
     def write(self, output: Output, start: int, data: memoryview, done: Callable[[], None]) -> None:
@@ -365,5 +365,5 @@ def check_space(folder: Path, needed: int, what: Path) -> None:
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < needed:
-            told = f"needs {needed / 1e9:.2f} GB and there are {free / 1e9:.2f} GB free"
-            raise UserError(f"{what}: {told}; make room, or give another place")
+            room = f"needs {needed / 1e9:.2f} GB and there are {free / 1e9:.2f} GB free"
+            raise UserError(f"{what}: {room}; make room, or give another place")

@@ -50,14 +50,14 @@ class LoRA:
         targets: cross-attention (W_Q, W_K, W_V), attention, attention+ff, all-linear, all (convolutions too), none
             (new tokens or the text encoder alone), or a regular expression that whole module names of the U-Net
             must match.
-        rank_pattern: other ranks by a regular expression of whole module names; the first that matches counts.
+        rank_pattern: other ranks, by regular expressions that whole module names must match; the first match counts.
         alpha_pattern: other alphas, likewise.
         init: of A, with B = 0: kaiming, or gaussian; or of both from W_0, with B A taken from it: pissa (Meng
             2024) or olora (Buyukakyuz 2024).
         text_encoder: adapt the text encoders' attention too.
         text_encoder_lr: the text encoders' learning rate; none takes the optimizer's.
-        loraplus_lr_ratio: B's learning rate as a multiple of A's (LoRA+, Hayou 2024; the paper's is 16).
-        init_from: a LoRA file to go on from, in any format that is read; its kind and ranks must be these.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou 2024; the paper uses 16).
+        init_from: a LoRA file to initialise from, in any format that is read; its type and ranks must be the same.
     """
 
     type: Literal["lora", "dora", "loha", "lokr"] = "lora"

@@ -70,10 +70,10 @@ def shape_text(batch: dict[str, Any]) -> str:
 
 def firsts(batches: Callable[[], Any]) -> list[Any]:
     """The first batch of each shape of an epoch, twice: the first step of a shape is slower than the rest."""
-    found: dict[str, Any] = {}
+    by_shape: dict[str, Any] = {}
     for batch in batches():
-        found.setdefault(shape_text(batch).partition("x")[2], batch)  # an epoch's last batch may have fewer images
-    return [batch for batch in found.values() for _ in range(2)]
+        by_shape.setdefault(shape_text(batch).partition("x")[2], batch)  # an epoch's last batch may have fewer images
+    return [batch for batch in by_shape.values() for _ in range(2)]
 
 
 def true_steps(recipe: Path, words: Sequence[str] = ()) -> dict[str, Any]:

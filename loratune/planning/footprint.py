@@ -144,14 +144,14 @@ def _cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
 def imagine(module: nn.Module, precision: str) -> None:
     """Replace a module's parameters and buffers by ones on the meta device, in the dtypes that training gives them."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, value in held.items():
+        for values in (part._parameters, part._buffers):
+            for name, value in values.items():
                 if value is None:
                     continue
                 dtype = WHOLE.get(precision, value.dtype) if value.is_floating_point() else value.dtype
-                made = torch.empty_like(value, dtype=dtype, device="meta")
+                imagined = torch.empty_like(value, dtype=dtype, device="meta")
                 parameter = isinstance(value, nn.Parameter)
-                held[name] = nn.Parameter(made, value.requires_grad) if parameter else made  # type: ignore[assignment]
+                values[name] = nn.Parameter(imagined, value.requires_grad) if parameter else imagined  # type: ignore[assignment]
 
 
 def weight_bytes(module: nn.Module, trained: bool, precision: str = "32-true") -> int:
@@ -170,7 +170,12 @@ def weight_bytes(module: nn.Module, trained: bool, precision: str = "32-true") -
 
 
 def step(
-    model: Model, count: int, shape: Sequence[int], told: Callable[[], dict[str, Any]], rules: Rules, backward: bool
+    model: Model,
+    count: int,
+    shape: Sequence[int],
+    conditioning: Callable[[], dict[str, Any]],
+    rules: Rules,
+    backward: bool,
 ) -> Step:
     """What a forward pass for `count` images keeps and takes, and with `backward` the backward pass too.
 
@@ -196,7 +201,7 @@ def step(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             x_t = torch.empty(count, *shape, device="meta")
             t = torch.zeros(count, dtype=torch.long, device="meta")
-            loss = model.denoise(x_t, t, told()).square().mean()
+            loss = model.denoise(x_t, t, conditioning()).square().mean()
         flops = live.flops + rules.flops
         if backward:
             loss.backward()
@@ -216,11 +221,11 @@ def state_bytes(optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     rates = {}
     for size in (1024, 65536):
         parameter = nn.Parameter(torch.zeros(size))
-        made = optimizer([parameter])
-        if hasattr(made, "train"):
-            made.train()
+        stepped = optimizer([parameter])
+        if hasattr(stepped, "train"):
+            stepped.train()
         parameter.grad = torch.full((size,), 1e-3)
-        made.step()
-        held = [value for value in made.state[parameter].values() if isinstance(value, Tensor)]
-        rates[size] = sum(value.numel() * value.element_size() for value in held) / size
+        stepped.step()
+        states = [value for value in stepped.state[parameter].values() if isinstance(value, Tensor)]
+        rates[size] = sum(value.numel() * value.element_size() for value in states) / size
     return math.ceil(sum(size * rates[1024 if size < 4096 else 65536] for size in sizes))

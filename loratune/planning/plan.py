@@ -54,7 +54,7 @@ class Plan:
         sizes: (height, width) in pixels of each bucket.
         memory: by part, at the peak of a training step.
         encoding: peak while images are encoded.
-        drawing: peak while samples are drawn; 0 where none are.
+        sampling: peak while samples are made; 0 where none are.
         cache: on disk.
         flops: of one step.
         seconds: of the run; none where no rate is known.
@@ -74,7 +74,7 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     memory: dict[str, int]
     encoding: int
-    drawing: int
+    sampling: int
     cache: int
     flops: int
     seconds: float | None = None
@@ -89,7 +89,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes at the peak of the run."""
-        return max(self.training, self.encoding, self.drawing)
+        return max(self.training, self.encoding, self.sampling)
 
 
 def build(recipe: Path, words: Sequence[str] = ()) -> RecipeCLI:
@@ -137,25 +137,25 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     own = weight_bytes(model, True, precision)
     imagine(module, precision)
     sizes = sizes_of(data)
-    shape = max((model.latent_shape(*size) for size in sizes), key=lambda one: one[-1] * one[-2])
+    shape = max((model.latent_shape(*size) for size in sizes), key=lambda shape: shape[-1] * shape[-2])
     rules, frozen_text = Rules(precision, gpu), module.text_is_frozen
     captions = ["a caption"] * data.batch_size
 
-    def told() -> dict[str, Any]:
+    def conditioning() -> dict[str, Any]:
         with torch.set_grad_enabled(not frozen_text):
             return dict(model.encode_prompts(captions))
 
-    condition = told()
+    condition = conditioning()
     once = step(
         model,
         data.batch_size,
         shape,
-        (lambda: condition) if frozen_text else told,
+        (lambda: condition) if frozen_text else conditioning,
         rules,
         module.memory.gradient_checkpointing,
     )
     encoding = _encoding(module, max(sizes, key=lambda size: size[0] * size[1]), precision, gpu)
-    drawing = _drawing(module, trainer, data, gpu)
+    sampling = _sampling(module, trainer, data, gpu)
     averages = own if any(isinstance(callback, EMA) for callback in trainer.callbacks) else 0
     kept = weights if not module.memory.unload_encoders else {network: weights[network]}
     memory = {
@@ -183,7 +183,7 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
         sizes=tuple(sizes),
         memory=memory,
         encoding=sum(weights.values()) + own + encoding + (CONTEXT if gpu else 0),
-        drawing=drawing + sum(memory[part] for part in memory if part in HELD) if drawing else 0,
+        sampling=sampling + sum(memory[part] for part in memory if part in HELD) if sampling else 0,
         cache=images * _cached(shape, condition, data.batch_size) if module.batch_kind == "latents" else 0,
         flops=once.flops * passes * trainer.accumulate_grad_batches,
         seconds=steps / rate if rate else None,
@@ -194,19 +194,19 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
     """(height, width) of the buckets of a recipe's images; of many images a thousand are looked at."""
     if data.buckets is None:
         return [(data.resolution, data.resolution)]
-    held, found = data.collection, set()
-    for number in range(0, len(held), max(1, len(held) // LOOKED_AT)):
-        source, row = held.at(number)
+    collection, sizes = data.collection, set()
+    for number in range(0, len(collection), max(1, len(collection) // LOOKED_AT)):
+        source, row = collection.at(number)
         with suppress(OSError):  # an unreadable image is told of when the run begins
-            found.add(held.entry(source, row, held.sources[source][row]).bucket[::-1])
-    return sorted(found)
+            sizes.add(collection.entry(source, row, collection.sources[source][row]).bucket[::-1])
+    return sorted(sizes)
 
 
 def images_of_an_epoch(data: Any) -> int:
     """About how many images come in an epoch: how many are held out is known when each is read."""
     share = {"training": (100 - data.validation_percent) / 100, "regularization": 1.0, "validation": 0.0}
     pairs = zip(data.collection.sources, data.sources, strict=True)
-    counts = [round(len(source) * share[told.role]) for source, told in pairs]
+    counts = [round(len(source) * share[config.role]) for source, config in pairs]
     return round(sum(count * each for count, each in zip(counts, often(data.sources, counts), strict=True)))
 
 
@@ -219,10 +219,12 @@ def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gp
     return peak(lambda: vae.encode(pixels.to(vae.dtype)), Rules("32-true", gpu))
 
 
-def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) -> int:
-    """Bytes beyond what is held, at the peak of drawing samples and of the comparisons; 0 where there are none."""
+def _sampling(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) -> int:
+    """Bytes beyond what is held, at the peak of sampling and of the comparisons; 0 where there are none."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    every = {type(one): one.every_n_steps for one in callbacks if isinstance(one, SampleGrid | Evaluate)}
+    every = {
+        type(callback): callback.every_n_steps for callback in callbacks if isinstance(callback, SampleGrid | Evaluate)
+    }
     if not any(every.values()):
         return 0
     model: Any = module.model
@@ -234,9 +236,9 @@ def _drawing(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool) 
     def some(count: int) -> torch.Tensor:
         return torch.empty(count, *shape, device="meta")
 
-    told = model.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
+    conditioning = model.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
     t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
-    taken = peak(lambda: model.denoise(some(len(t)), t, told), rules)
+    taken = peak(lambda: model.denoise(some(len(t)), t, conditioning), rules)
     vaes: Any = [model.components()[name] for name in model.names("vae")]
     if not vaes or not every.get(SampleGrid):
         return taken
@@ -252,9 +254,9 @@ def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
 
 def _steps(trainer: L.Trainer, images: int, batch: int) -> int:
     epoch = max(1, -(-images // batch))
-    told = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    told += [epoch * trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
-    return min(told, default=0)
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    limits += [epoch * trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    return min(limits, default=0)
 
 
 def parse_memory(text: str) -> int:
@@ -291,16 +293,16 @@ def changes(cli: RecipeCLI, recipe: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"data.batch_size: {size} (with trainer.accumulate_grad_batches)", ["--data.batch_size", str(size)]
 
 
-def advise(recipe: Path, gpu: bool, room: int, given: Sequence[str] = ()) -> tuple[list[str], Plan] | None:
+def advise(recipe: Path, gpu: bool, room: int, words: Sequence[str] = ()) -> tuple[list[str], Plan] | None:
     """The changes, added one by one, with which a recipe fits into `room` bytes, and the plan with them; or None."""
-    words = list(given)
-    told: list[str] = []
+    words = list(words)
+    advised: list[str] = []
     for name, more in changes(build(recipe, words), recipe):
         words += more
-        told = [*(one for one in told if one.split(":")[0] != name.split(":")[0]), name]
-        made = make_plan(recipe, gpu, words)
-        if made.peak <= room:
-            return told, made
+        advised = [*(line for line in advised if line.split(":")[0] != name.split(":")[0]), name]
+        changed = make_plan(recipe, gpu, words)
+        if changed.peak <= room:
+            return advised, changed
     return None
 
 
@@ -327,11 +329,11 @@ def lines_of(plan: Plan) -> list[str]:
     return [
         f"{plan.recipe} on a {plan.device}:",
         f"  parameters   {plan.trained:,} trained, {plan.frozen:,} frozen",
-        f"  images     {plan.images:,} of {sizes}; {plan.batch} a step",
+        f"  images       {plan.images:,} of {sizes}; {plan.batch} a step",
         f"  steps        {plan.steps:,}, which see {plan.steps * plan.batch:,} images",
         f"  training     {size_text(plan.training)}: {parts}",
-        f"  encoding     {size_text(plan.encoding)}" if plan.cache else "  encoding     nothing is encoded before",
-        f"  drawing      {size_text(plan.drawing)}" if plan.drawing else "  drawing      nothing is drawn",
+        f"  encoding     {size_text(plan.encoding)}" if plan.cache else "  encoding     nothing is cached",
+        f"  sampling     {size_text(plan.sampling)}" if plan.sampling else "  sampling     no samples",
         f"  cache        {size_text(plan.cache)} on disk",
         f"  arithmetic   {plan.flops / 1e12:.3g} TFLOP a step",
         f"  time         {time_told}",
@@ -346,31 +348,37 @@ def plan(
         raise UserError(f"--steps-per-second is {steps_per_second}; give a number above 0")
     room = None if device in (None, "cpu", "gpu") else parse_memory(str(device))
     gpu = torch.cuda.is_available() if device is None else device != "cpu"
-    made = make_plan(recipe, gpu, words, steps_per_second)
+    estimate = make_plan(recipe, gpu, words, steps_per_second)
     if room is None and gpu == torch.cuda.is_available():
-        rate = matrix_rate("cuda" if gpu else "cpu", made.precision)
-        made = replace(made, least=made.steps * made.flops / rate)
+        rate = matrix_rate("cuda" if gpu else "cpu", estimate.precision)
+        estimate = replace(estimate, least=estimate.steps * estimate.flops / rate)
     if run:
         measured = true_steps(recipe, words)
-        made = replace(made, measured=measured, seconds=made.seconds or made.steps * measured["seconds_per_step"])
-    fits = None if room is None else made.peak <= room
+        estimate = replace(
+            estimate, measured=measured, seconds=estimate.seconds or estimate.steps * measured["seconds_per_step"]
+        )
+    fits = None if room is None else estimate.peak <= room
     advice = advise(recipe, gpu, room, words) if room is not None and not fits else None
     if json:
-        told = asdict(made) | {"training": made.training, "peak": made.peak, "fits": fits}
-        print(json_format.dumps(told | {"changes": advice[0] if advice else []}, indent=2))
+        report = asdict(estimate) | {"training": estimate.training, "peak": estimate.peak, "fits": fits}
+        print(json_format.dumps(report | {"changes": advice[0] if advice else []}, indent=2))
         return
-    print("\n".join(lines_of(made)))
-    if made.measured:
-        shapes = ", ".join(f"{shape}: {seconds:.2f} s" for shape, seconds in made.measured["steps"].items())
-        print(f"  measured     one step of each bucket: {shapes}; peak {size_text(made.measured['peak'])}")
+    print("\n".join(lines_of(estimate)))
+    if estimate.measured:
+        shapes = ", ".join(f"{shape}: {seconds:.2f} s" for shape, seconds in estimate.measured["steps"].items())
+        print(f"  measured     one step of each bucket: {shapes}; peak {size_text(estimate.measured['peak'])}")
     if room is not None:
-        print("\n".join(_verdict(made, room, advice)))
+        print("\n".join(_verdict(estimate, room, advice)))
 
 
-def _verdict(made: Plan, room: int, advice: tuple[list[str], Plan] | None) -> list[str]:
-    if made.peak <= room:
-        return [f"It fits: {size_text(made.peak)} of {size_text(room)}."]
-    told = f"It does not fit: {size_text(made.peak)}, and there are {size_text(room)}."
+def _verdict(estimate: Plan, room: int, advice: tuple[list[str], Plan] | None) -> list[str]:
+    if estimate.peak <= room:
+        return [f"It fits: {size_text(estimate.peak)} of {size_text(room)}."]
+    verdict = f"It does not fit: {size_text(estimate.peak)}, and there are {size_text(room)}."
     if advice is None:
-        return [told, "No change that is known here makes it fit; take a smaller data.resolution or another device."]
-    return [told, f"With these changes it takes {size_text(advice[1].peak)}:", *(f"  {one}" for one in advice[0])]
+        return [verdict, "No change that is known here makes it fit; take a smaller data.resolution or another device."]
+    return [
+        verdict,
+        f"With these changes it takes {size_text(advice[1].peak)}:",
+        *(f"  {change}" for change in advice[0]),
+    ]

@@ -28,7 +28,7 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
         recipes: the files that were parsed, the last one first to be searched.
         known: dotted names of all keys.
     """
-    if found := re.search(r"- (\S+:\d+: '.+?) - Expected a", " ".join(message.split())):
+    if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
         return found[1]  # told already by a parser within
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], recipes, known)
@@ -38,7 +38,7 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
         return _unknown_in_class(found[1], recipes)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         place, names = _place(found[1], recipes), [one.__name__ for base in NAMED_CLASSES for one in _below(base)]
-        return f"{place}{found[1]!r} is no class that is known{_did_you_mean(found[1], names)}"
+        return f"{place}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
     if not keys:
@@ -52,15 +52,15 @@ def _unknown(key: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
     section = key.split(".")[0]
     if section not in {name.split(".")[0] for name in known}:
         key, known = section, sorted({name.split(".")[0] for name in known})
-    return f"{_place(key, recipes)}'{key}' is not known{_did_you_mean(key, known)}"
+    return f"{_place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
 
 
 def _unknown_in_class(key: str, recipes: Sequence[Path]) -> str:
     for path, line, dotted, siblings in _all_keys(recipes):
         if dotted.split(".")[-1] == key and (named := siblings.get(f"{dotted.rsplit('.', 2)[0]}.class_path")):
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
-            return f"{path}:{line}: '{dotted}' is not known to {named}{_did_you_mean(dotted, names)}"
-    return f"'{key}' is not known"
+            return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
+    return f"unknown key '{key}'"
 
 
 def _parameters(name: str) -> list[str]:

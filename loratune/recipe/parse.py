@@ -26,6 +26,7 @@ from loratune.lora.tokens import NewToken
 from loratune.recipe.mistakes import check_recipes, explain
 from loratune.runs.checkpoints import Checkpoints, use_atomic
 from loratune.runs.guard import Guard
+from loratune.runs.loggers import Events, log_text
 from loratune.runs.prepare import check_data, give_back, make_room, prepare
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
@@ -53,11 +54,11 @@ SHORT_NAMES = (
 """Imported so that recipes can name them without their modules."""
 
 SECTIONS = {
+    "run": Run,
+    "export": Export,  # first: a run's result is on disk before anything is sampled, compared or drawn at its end
     "samples": SampleGrid,
     "evaluation": Evaluate,
-    "export": Export,
     "checkpoint": Checkpoints,
-    "run": Run,
     "guard": Guard,
 }
 """What fills a recipe's sections beside trainer, model and data."""
@@ -99,9 +100,9 @@ class SaveRecipe(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "recipe.yaml") as path:
             path.write_text(text, encoding="utf-8")
+        log_text(trainer, "recipe", f"```yaml\n{text}\n```")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("recipe", f"```yaml\n{text}\n```")
                 logger.log_hyperparams(flat_numbers(yaml.safe_load(text)), {"val/loss": float("nan")})
 
 
@@ -181,7 +182,7 @@ class RecipeCLI(LightningCLI):
         """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="tensorboard", version="")
+            kwargs["logger"] = Events(trainer.default_root_dir)
         made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
         if trainer.enable_progress_bar in (None, True):
             made.append(RichProgressBar())

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from loratune.errors import UserError
+from loratune.errors import UnwritableError, UserError
 from loratune.formats.atomic import atomic_path
+from loratune.runs.loggers import flush, log_numbers
 from loratune.runs.stopping import SIGNALS
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-        except (OSError, RuntimeError, UserError) as error:  # torch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError, UnwritableError) as error:  # RuntimeError: a full disk, by torch's writer
             self.failed.add(str(path))
             said = " ".join(str(error).split()).removeprefix(f"{path}: ")
             log.warning("%s: this checkpoint was not saved (%s); training goes on, earlier ones stay", path, said)
@@ -180,8 +181,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        for logger in trainer.loggers if self._missing else ():
-            logger.log_metrics(**(self._missing or {}))
+        if self._missing:
+            log_numbers(trainer, self._missing["metrics"], self._missing["step"])
         SIGNALS.listen()  # Lightning has put its own handlers there
         SIGNALS.waits = True
 
@@ -198,7 +199,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         before = self._last_global_step_saved
-        flush_logs(trainer)
+        flush(trainer)
         super()._save_checkpoint(trainer, filepath)
         failed: set[str] = getattr(trainer.strategy.checkpoint_io, "failed", set())
         if trainer.strategy.broadcast(str(filepath) in failed):  # only the first process writes
@@ -237,7 +238,7 @@ class Checkpoints(ModelCheckpoint):
             return None
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         self.last_model_path = str(path)
-        flush_logs(trainer)
+        flush(trainer)
         trainer.save_checkpoint(path, weights_only=False)
         failed: set[str] = getattr(trainer.strategy.checkpoint_io, "failed", set())
         return None if trainer.strategy.broadcast(str(path) in failed) else path
@@ -256,14 +257,6 @@ def not_logged_yet(trainer: L.Trainer) -> dict[str, float]:
     connector = trainer._logger_connector
     held = connector.metrics["log"] if connector.should_update_logs else {}
     return {name: float(value) for name, value in held.items() if not isinstance(value, Mapping)}
-
-
-def flush_logs(trainer: L.Trainer) -> None:
-    """See that all that was logged is on disk: a run that goes on from here does not log it again."""
-    for logger in trainer.loggers:
-        flush = getattr(getattr(logger, "experiment", None), "flush", None)
-        if flush is not None:
-            flush()
 
 
 def checkpoints_of(trainer: L.Trainer) -> Checkpoints | None:

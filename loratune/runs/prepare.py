@@ -105,7 +105,7 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
         if one.kind == "no_caption" and data.allow_missing_captions:
             continue
         more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
-        told = f"{len(one.names)} {one.told}: {one.names[0]}{more}; {one.mend}, or set data.strict: false"
+        told = f"{len(one.names)} {one.message}: {one.names[0]}{more}; {one.mend}, or set data.strict: false"
         raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
 
 

@@ -13,14 +13,12 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from loratune import __version__
 from loratune.errors import UserError
 from loratune.families.base import base_hash
 from loratune.runs.checkpoints import read_checkpoint
+from loratune.runs.loggers import add_history, begin
 from loratune.training.randomness import restore, seed_dropout, states
 
 log = logging.getLogger(__name__)
@@ -35,6 +33,7 @@ TRAINER = (
 FREE = ("model.base", "data.path", "data.cache_dir", "data.num_workers", "data.strict")
 PLACES = ("path", "masks")
 SHOWN = 3
+OPTIONS = "model.optimizer.init_args."
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -64,7 +63,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str], allow: Collectio
     Args:
         old: keys and values of the checkpoint.
         new: of the run that is to go on.
-        allow_changed: keys that may differ, each with all that is below it.
+        allow: keys that may differ, each with all that is below it.
     """
     changed = [key for key, value in old.items() if new.get(key, "nothing") != value and not _below(key, allow)]
     return [f"{key}: {old[key]} -> {new.get(key, 'nothing')}" for key in changed]
@@ -92,7 +91,7 @@ def check_recipe(path: Path, recipe: str, allow: Collection[str]) -> None:
     Args:
         path: of the checkpoint.
         recipe: resolved, as YAML.
-        allow_changed: keys that may differ.
+        allow: keys that may differ.
 
     Raises:
         UserError: it holds weights only, or the recipe differs.
@@ -136,9 +135,12 @@ class Run(L.Callback):
         self.recipe = ""
         self._base: Future[str] | None = None
         self._states: list[dict[str, Any]] | None = None
+        self._changed: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin to hash the base: gigabytes, while the run is set up."""
+        """Keep what is logged, and begin to hash the base: gigabytes, while the run is set up."""
+        if stage == "fit":
+            add_history(trainer)
         if stage == "fit" and self._base is None:
             self._base = ThreadPoolExecutor(1).submit(base_hash, str(getattr(pl_module, "base_name", "")))
 
@@ -166,13 +168,20 @@ class Run(L.Callback):
         found += differences(told["made_of"], made, self.allow_changed)
         refuse_differences(str(trainer.ckpt_path), found)
         self._states = told["generators"]
+        self._changed = [line.partition(":")[0] for line in differences(told["recipe"], what_matters(self.recipe))]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """TensorBoard does not show what another run logged after the step that is gone on from."""
-        for logger in trainer.loggers if self._states is not None else ():
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                start = Event(session_log=SessionLog(status=SessionLog.START), step=trainer.global_step + 1)
-                logger.experiment._get_file_writer().add_event(start)
+        """What is logged, and what the optimizer is asked for, is this run's from here on."""
+        begin(trainer, self._states is not None)
+        self._take_options(trainer)
+
+    def _take_options(self, trainer: L.Trainer) -> None:
+        """Let the optimizer have what the recipe changed of its own; the rates are the schedule's to set."""
+        names = {key.removeprefix(OPTIONS) for key in self._changed if key.startswith(OPTIONS)} - {"lr"}
+        for optimizer in trainer.optimizers:
+            for name in names & optimizer.defaults.keys():
+                for group in optimizer.param_groups:
+                    group[name] = optimizer.defaults[name]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -185,7 +194,7 @@ class Run(L.Callback):
 
 
 class Finish(L.Callback):
-    """Does the end of a run whose last step was made, and that was killed before all was compared, drawn and saved.
+    """Does the end of a run whose last step was done, and that was killed before all was saved, compared and sampled.
 
     Lightning begins no training where no step is left, and so would end none. To come before all other callbacks.
     """
@@ -200,6 +209,8 @@ class Finish(L.Callback):
         if self._began or not trainer.ckpt_path or not trainer.fit_loop.done:
             return
         trainer.training = True
+        pl_module.to(trainer.strategy.root_device)  # Lightning has taken it off, as where a run has ended
         for hook in ("on_train_start", "on_train_end"):
-            _call_callback_hooks(trainer, hook)
-            _call_lightning_module_hook(trainer, hook)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                getattr(callback, hook)(trainer, pl_module)
+            getattr(pl_module, hook)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from loratune.diffusion.objective import psnr
 from loratune.formats.images import normalise
+from loratune.training.export import Target
 from loratune.training.randomness import training_generator
-from loratune.training.schedules import LRSchedule, optimizer_and_schedule
+from loratune.training.schedules import LRSchedule, of_step, optimizer_and_schedule
 
 
 def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int = 3) -> Tensor:
@@ -50,7 +52,7 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: weight of the mean KL per latent element against the mean error per pixel.
         detail_weight: weight of the Laplacian-pyramid term that keeps edges sharp.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
+        lr_schedule: the learning rate over the run.
     """
 
     batch_kind = "pixels"
@@ -90,7 +92,7 @@ class AutoencoderModule(L.LightningModule):
         loss = pixel + self.detail_weight * detail + self.kl_weight * kl
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/l1": pixel, "train/detail": detail, "train/kl": kl})
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x = normalise(batch["pixels"])
@@ -109,6 +111,13 @@ class AutoencoderModule(L.LightningModule):
             for batch in islice(batches, most)
         ]
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(encoded).std()), 5))
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the VAE as diffusers' folder vae/, with its scaling factor."""
+        folder = target.folder / "vae"
+        self.set_scale(self.trainer.train_dataloader or [])
+        self.vae.save_pretrained(folder)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.vae.parameters(), self.optimizer, self.lr_schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from loratune.families.sd import TEXT_PART, TOKENIZER, text_config
 from loratune.families.single_file import module_keys
 from loratune.formats.images import normalise
-from loratune.training.schedules import LRSchedule, optimizer_and_schedule
+from loratune.training.export import Target
+from loratune.training.schedules import LRSchedule, of_step, optimizer_and_schedule
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ class ContrastiveModule(L.LightningModule):
         width: of both towers.
         layers: depth of both towers.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
+        lr_schedule: the learning rate over the run.
     """
 
     batch_kind = "pixels"
@@ -70,7 +72,7 @@ class ContrastiveModule(L.LightningModule):
         images, texts = self.similarity(batch)
         loss = contrastive_loss(images, texts, self.clip.logit_scale.exp().clamp(max=100))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(texts))
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, texts = self.similarity(batch)
@@ -79,9 +81,16 @@ class ContrastiveModule(L.LightningModule):
 
     def text_encoder(self) -> CLIPTextModel:
         """The text tower alone, as Stable Diffusion takes it."""
-        made = CLIPTextModel(self.clip.config.text_config)
-        made.load_state_dict(module_keys(TEXT_PART, self.clip.text_model.state_dict(), made.state_dict().keys()))
-        return made
+        encoder = CLIPTextModel(self.clip.config.text_config)
+        weights = self.clip.text_model.state_dict()
+        encoder.load_state_dict(module_keys(TEXT_PART, weights, encoder.state_dict().keys()))
+        return encoder
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the text encoder as transformers' folder text_encoder/."""
+        folder = target.folder / "text_encoder"
+        self.text_encoder().save_pretrained(folder)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.clip.parameters(), self.optimizer, self.lr_schedule)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -16,10 +18,12 @@ from loratune.diffusion.process import diffuse, target
 from loratune.families.conditions import choose_condition
 from loratune.families.family import Architecture, Condition
 from loratune.families.load import load_model
+from loratune.families.save import save_diffusers_folder
+from loratune.training.export import Target
 from loratune.training.memory import Memory, unload_encoders
 from loratune.training.objectives import Objective, mask_of
 from loratune.training.randomness import Share, SharedDropout, generator, share_dropout, training_generator
-from loratune.training.schedules import EvaluationWeights, LRSchedule, optimizer_and_schedule
+from loratune.training.schedules import EvaluationWeights, LRSchedule, of_step, optimizer_and_schedule
 
 Stage = Literal["train", "val", "test"]
 VALIDATION_STEPS = 4
@@ -32,10 +36,10 @@ class DiffusionModule(L.LightningModule):
         base: the model: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
         architecture: a model with new weights, in place of a base.
         trainable: components whose weights are trained, the others are frozen; none given trains the denoiser.
-        objective: what the loss is.
+        objective: the loss.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
-        memory: how the base is held, and what is traded between memory and time.
+        lr_schedule: the learning rate over the run.
+        memory: options that save memory or time.
     """
 
     def __init__(
@@ -110,8 +114,8 @@ class DiffusionModule(L.LightningModule):
             if dropped is None:
                 return self.model.encode_prompts(batch["caption"])
             # Reading `dropped` here would make the host wait for the device.
-            told = self.model.encode_prompts([*batch["caption"], ""])
-            return choose_condition(dropped, {name: value[-1:] for name, value in told.items()}, told)
+            conditions = self.model.encode_prompts([*batch["caption"], ""])
+            return choose_condition(dropped, {name: value[-1:] for name, value in conditions.items()}, conditions)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
@@ -135,14 +139,14 @@ class DiffusionModule(L.LightningModule):
         share = share or Share(0, len(t), len(t))
         shape = (share.total, *self.model.x_0(batch, None).shape[1:])
         x_0 = self.model.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
-        noise, noise_in = (share.cut(one) for one in objective.noise(shape, random))
+        noise, noise_in = (share.cut(tensor) for tensor in objective.noise(shape, random))
         drawn = torch.rand(share.total, generator=random, device=self.device)
         dropped = share.cut(drawn) < objective.caption_dropout
-        told = self._condition(batch, dropped if objective.caption_dropout else None)
-        told = self.model.family.conditioned(told, batch)
+        condition = self._condition(batch, dropped if objective.caption_dropout else None)
+        condition = self.model.family.conditioned(condition, batch)
         schedule = self.model.noise_schedule
         a, b = schedule.at(t, x_0)
-        output = self.model.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), told)
+        output = self.model.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), condition)
         return weighted_error(
             output,
             target(self.model.prediction, x_0, noise, a, b),
@@ -177,7 +181,7 @@ class DiffusionModule(L.LightningModule):
         if share.count != share.total:
             loss = loss * share.weight(self.trainer.world_size)
         self.log("train/loss", loss, prog_bar=True, batch_size=share.count, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return of_step(self.trainer, loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._held_out(batch, batch_idx, "val")
@@ -197,6 +201,15 @@ class DiffusionModule(L.LightningModule):
             t = torch.full((count,), steps * (2 * part + 1) // (2 * VALIDATION_STEPS), device=self.device)
             losses.append(self.losses(batch, t, random, plain).mean())
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the whole base as diffusers' folder base-STEP/; of a model that diffusers does not know, nothing."""
+        if not self.model.family.pipeline:
+            return []
+        names = (f"base-{self.global_step}{f'-{count}' * bool(count)}" for count in itertools.count())
+        folder = next(path for name in names if not (path := target.folder / name).exists())
+        save_diffusers_folder(self.model, folder, target.dtype)
+        return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.lr_schedule)

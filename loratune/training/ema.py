@@ -90,12 +90,12 @@ class EMA(L.Callback):
 @contextmanager
 def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
     """The module with its averaged weights, where the run or its optimizer keeps an average."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-    if not found:
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+    if not averages:
         with evaluated(trainer):
             yield
         return
-    with found[0].applied(pl_module):
+    with averages[0].applied(pl_module):
         yield
 
 

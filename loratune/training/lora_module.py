@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,30 +14,35 @@ from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.prompts import Prompts
 from loratune.families.save import configs_of
-from loratune.lora.file import read_lora
+from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
 from loratune.lora.layers import LowRank
-from loratune.lora.tokens import NewToken, add_tokens, check_new, initial_rows, rows_of
+from loratune.lora.tokens import Embedding, NewToken, add_tokens, check_new, initial_rows, rows_of, write_embedding
+from loratune.lora.verify import verify
 from loratune.training.diffusion_module import DiffusionModule
+from loratune.training.export import Target
 from loratune.training.memory import Memory
 from loratune.training.objectives import Objective
+from loratune.training.provenance import origin, standard
 from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 from loratune.training.sharding import shard
 
 
 class LoRAModule(DiffusionModule):
-    """Teach a base a style: W_0 is frozen, B A beside it is trained; at step 0 it equals the base.
+    """Train a LoRA: W_0 is frozen, B A beside it is trained; at step 0 it equals the base.
 
     Args:
         base: the model: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        lora: rank, alpha, dropout and targets.
-        objective: what the loss is.
+        lora: type, rank, alpha, targets and the like of the adapter.
+        objective: the loss.
         optimizer: any torch optimizer.
-        lr_schedule: how the learning rate moves over the run.
-        tokens: a new word that is learned too (textual inversion, Gal 2022); with lora.targets none it alone is.
-        prompts: how captions become what the text encoders read.
-        memory: how the frozen base is held, and what is traded between memory and time.
+        lr_schedule: the learning rate over the run.
+        tokens: a new token that is learned too (textual inversion, Gal 2022); alone with lora.targets: none.
+        prompts: how captions are encoded: long ones, and words with weights.
+        memory: options that save memory or time.
     """
+
+    saves_between_steps = True
 
     def __init__(
         self,
@@ -109,12 +115,33 @@ class LoRAModule(DiffusionModule):
         entries = getattr(getattr(getattr(self.trainer, "datamodule", None), "training", None), "entries", None)
         captions = [" ".join(entry.captions) for entry in entries or ()]
         if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
-            told = f"{self.tokens.token!r} is in none of {len(captions)} captions"
-            raise UserError(f"tokens.token: {told}; write it there, or set data.caption_prefix")
+            fault = f"{self.tokens.token!r} is in none of {len(captions)} captions"
+            raise UserError(f"tokens.token: {fault}; write it there, or set data.caption_prefix")
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
         return collect(self.model.components(), self._start)
+
+    def save(self, target: Target) -> list[Path]:
+        """Write the adapter, which is read back and compared, and the new token's rows.
+
+        Raises:
+            UserError: what was written is not what was trained.
+        """
+        layers, rows = self.layers(), self.rows()  # where weights are cut, every process takes part
+        if not self.trainer.is_global_zero:
+            return []
+        facts = origin(self.base_name, self.global_step, self.lora, target.recipe, self.objective)
+        written = []
+        if layers:
+            written.append(target.path("lora"))
+            metadata = standard(self.trainer, self.model, self.lora.type, layers) | facts
+            write_lora(written[-1], LoRAFile(layers, metadata), target.format, target.dtype)
+            verify(written[-1], layers, target.format, target.dtype)
+        if self.tokens is not None:
+            written.append(target.path("learned_embeds"))
+            write_embedding(written[-1], Embedding(self.tokens.token, rows), target.dtype, facts)
+        return written
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model.components(), self.lora, self.model.names("text_encoder"))

@@ -19,18 +19,20 @@ SHAPES = 64  # of batches that are compiled, beyond which torch computes as it i
 
 @dataclass(frozen=True)
 class Memory:
-    """How the frozen base is held, and what is traded between memory and time.
+    """Options that save memory or time.
 
     Args:
-        quantization: hold the frozen linear layers of what is adapted in nf4 (4 bits, Dettmers 2023, QLoRA) or int8
-            (Dettmers 2022), by bitsandbytes.
-        dtype: of the frozen U-Net and text encoders; the VAE and what is trained stay in float32.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them (Chen 2016).
-        attention: sdpa, torch's fused kernel; or plain, the products written out, which on a CPU is faster for short
-            sequences (the embedded base: a fifth off each step) and keeps L S numbers for each head.
-        channels_last: hold convolutions, the adapters' too, with the channels last, which is faster on most devices.
+        quantization: store the frozen linear layers of the adapted components in nf4 (4 bits, Dettmers 2023, QLoRA) or
+            int8 (Dettmers 2022), by bitsandbytes.
+        dtype: of the frozen U-Net and text encoders; the VAE and the trained weights stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them (Chen 2016).
+        attention: sdpa, torch's fused kernel; or plain, softmax(Q K^T) V written out, which on a CPU is faster for
+            short sequences (the embedded base: a fifth off each step) and stores L S numbers for each head.
+        channels_last: store convolution weights, the adapters' too, with the channels last, which is faster on most
+            devices.
         compile: train through torch.compile; the first step of each image size takes minutes.
-        unload_encoders: drop the text encoders and the VAE when all is encoded; the run can then draw no samples.
+        unload_encoders: drop the text encoders and the VAE once everything is cached; the run can then sample no
+            images.
     """
 
     quantization: Literal["nf4", "int8"] | None = None
@@ -51,22 +53,22 @@ class Memory:
         """
         if init in FROM_BASE and (self.quantization or self.dtype != "float32"):
             key = "quantization" if self.quantization else "dtype"
-            told = f"lora.init {init} changes W_0 itself, which has to be held in float32"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}, but {told}; set lora.init: kaiming")
+            reason = f"lora.init {init} changes W_0 itself, which has to be held in float32"
+            raise ValueError(f"memory.{key} is {getattr(self, key)}, but {reason}; set lora.init: kaiming")
         if self.quantization and kind in ("loha", "lokr"):
             raise ValueError(
                 f"memory.quantization is {self.quantization}: not with lora.type {kind}; set lora.type to lora or dora"
             )
         if self.unload_encoders and text_is_trained:
-            told = "the text encoder is needed in every step, as it is trained"
-            raise ValueError(f"memory.unload_encoders is true, but {told}; set memory.unload_encoders: false")
+            reason = "the text encoder is needed in every step, as it is trained"
+            raise ValueError(f"memory.unload_encoders is true, but {reason}; set memory.unload_encoders: false")
 
     def check_full(self) -> None:
         """Raise ValueError where the base's own weights cannot be trained so."""
         if self.quantization or self.dtype != "float32":
             key = "quantization" if self.quantization else "dtype"
-            told = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}: it {told}")
+            reason = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
+            raise ValueError(f"memory.{key} is {getattr(self, key)}: it {reason}")
         if self.unload_encoders:
             raise ValueError("memory.unload_encoders is true, but all of the base is written at the end; leave it out")
 
@@ -149,39 +151,39 @@ def quantize(module: nn.Module, kind: Literal["nf4", "int8"], exact: str = r"(?!
         exact: a regular expression of names of layers that are left as they are.
     """
     linear = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
-    chosen = [(name, part) for name, part in linear if not re.fullmatch(exact, name)]
-    for name, part in chosen:
+    layers = [(name, part) for name, part in linear if not re.fullmatch(exact, name)]
+    for name, part in layers:
         if part.weight.is_meta:
             part.quantized = kind  # type: ignore[assignment]
             continue
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, _nf4(part) if kind == "nf4" else _int8(part))
     module.is_loaded_in_4bit, module.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
-    return len(chosen)
+    return len(layers)
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
-        made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
-    made.weight = Params4bit(
-        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+        quantized = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    quantized.weight = Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantized
     )
-    made.bias = layer.bias
+    quantized.bias = layer.bias
     # On some CPUs an evaluation would repack the weights into a form through which no gradient passes.
-    made.support_avx512bf16_for_cpu = False
-    return made.to(layer.weight.device)  # quantizes
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized.to(layer.weight.device)  # quantizes
 
 
 def _int8(layer: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     with torch.device("meta"):
-        made = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
-    made.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    made.bias = layer.bias
-    return made.to(layer.weight.device)  # quantizes
+        quantized = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
+    quantized.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    quantized.bias = layer.bias
+    return quantized.to(layer.weight.device)  # quantizes
 
 
 class PlainAttention:
@@ -196,13 +198,13 @@ class PlainAttention:
         **_: Any,
     ) -> Tensor:
         """hidden_states (B, L, d) attend to encoder_hidden_states (B, S, e), or to themselves; returns (B, L, d)."""
-        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = (attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told))
-        q, k, v = (one.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for one in projected)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        q, k, v = (tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
         scores = (q @ k.transpose(-1, -2)) * attn.scale
         if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, told.shape[1], len(told))
-            scores = scores + mask.view(len(told), attn.heads, -1, mask.shape[-1])
+            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            scores = scores + mask.view(len(context), attn.heads, -1, mask.shape[-1])
         seen = scores.softmax(-1).to(v.dtype) @ v
         return attn.to_out[1](attn.to_out[0](seen.transpose(1, 2).flatten(2)))
 
@@ -224,8 +226,8 @@ def attend_plainly(network: Any) -> None:
 def check_samples(unloaded: bool, every_n_steps: int) -> None:
     """Raise ValueError where a run is to draw samples with what is unloaded."""
     if unloaded and every_n_steps:
-        told = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
-        raise ValueError(f"memory.unload_encoders is true, but {told}; set samples.every_n_steps: 0")
+        reason = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
+        raise ValueError(f"memory.unload_encoders is true, but {reason}; set samples.every_n_steps: 0")
 
 
 class Unloaded(nn.Module):
@@ -242,8 +244,8 @@ class Unloaded(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise UserError: it is gone."""
-        told = f"the {self.name} was unloaded when training began, and is needed again"
-        raise UserError(f"memory.unload_encoders is true: {told}; set memory.unload_encoders: false")
+        reason = f"the {self.name} was unloaded when training began, and is needed again"
+        raise UserError(f"memory.unload_encoders is true: {reason}; set memory.unload_encoders: false")
 
     encode = decode = forward
 

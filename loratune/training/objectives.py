@@ -24,15 +24,15 @@ def _in(key: str, value: float, least: float, most: float, hint: str = "") -> No
 
 @dataclass(frozen=True)
 class Timesteps:
-    """How often each step t is trained.
+    """How timesteps are sampled in training.
 
     Args:
         distribution: uniform, or logit_normal, which favours the middle (Esser 2024, eq. 19).
-        mean: of t's logit, for logit_normal; above 0 favours noise.
-        std: of t's logit, for logit_normal.
+        mean: of the logit of t, for logit_normal; above 0 favours noise.
+        std: of the logit of t, for logit_normal.
         shift: above 1 moves t towards noise (Esser 2024, eq. 23).
-        min: the first t that is trained, as a share of the schedule.
-        max: where training ends, as a share of the schedule.
+        min: the first timestep that is trained, as a share of the noise schedule.
+        max: where the trained timesteps end, as a share of the noise schedule.
     """
 
     distribution: Literal["uniform", "logit_normal"] = "uniform"
@@ -46,8 +46,8 @@ class Timesteps:
         if not 0 <= self.min < self.max <= 1:
             raise ValueError(f"timesteps: min is {self.min}, max {self.max}; give 0 <= min < max <= 1")
         if not (0 < self.shift < math.inf and 0 < self.std < math.inf and math.isfinite(self.mean)):
-            told = f"shift is {self.shift}, std {self.std}, mean {self.mean}"
-            raise ValueError(f"timesteps: {told}; give numbers, shift and std above 0")
+            values = f"shift is {self.shift}, std {self.std}, mean {self.mean}"
+            raise ValueError(f"timesteps: {values}; give numbers, shift and std above 0")
         if self.distribution == "uniform" and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError(
                 "timesteps: mean and std say nothing of distribution 'uniform'; set distribution to logit_normal"
@@ -65,23 +65,24 @@ class Timesteps:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss is.
+    """The loss.
 
     Args:
-        min_snr_gamma: clip of the SNR weight (Hang 2023 uses 5); none weighs every step alike.
-        debiased_estimation: weigh by the root of the SNR (Yu 2024); not with min_snr_gamma.
-        huber_c: the least c of a pseudo-Huber error in place of the squared one, in (0, 1), usually 0.1: images
-            that do not belong count less.
+        min_snr_gamma: gamma of the min-SNR loss weight (Hang 2023 uses 5); none weighs every timestep alike.
+        debiased_estimation: weigh the loss by the root of the SNR (Yu 2024); not with min_snr_gamma.
+        huber_c: c of a pseudo-Huber loss in place of the squared error, in (0, 1), usually 0.1: outliers count less.
+            With a huber_schedule it is the smallest c.
         huber_schedule: how c grows as noise falls (Khrapov 2024); constant keeps it.
-        noise_offset: how far each channel's mean noise wanders, usually 0.05 to 0.1 (Guttenberg 2023).
-        pyramid_noise: discount of coarser noise, usually 0.3 (Whitaker 2023); 0 for plain noise.
-        input_perturbation: extra noise that the target does not know of, usually 0.1 (Ning 2023).
-        caption_dropout: share of captions replaced by nothing, which guidance needs, in [0, 1].
-        timesteps: how often each step is trained.
-        prediction: what the network is taught to predict: eps, v or x0; none keeps what the base predicts. Whoever
-            draws with the result must be told, as loratune sample is by the file.
-        zero_terminal_snr: rescale the base's schedule so that its last step is pure noise (Lin 2024), which needs
-            prediction v or x0; every weight is then of the rescaled schedule. Drawing must know of it likewise.
+        noise_offset: strength of offset noise, usually 0.05 to 0.1 (Guttenberg 2023).
+        pyramid_noise: discount of pyramid noise, usually 0.3 (Whitaker 2023); 0 for plain noise.
+        input_perturbation: strength of extra noise in x_t that the target leaves out, usually 0.1 (Ning 2023).
+        caption_dropout: share of captions replaced by the empty caption, which classifier-free guidance needs, in [0,
+            1].
+        timesteps: how timesteps are sampled.
+        prediction: prediction type to train: eps, v or x0; none keeps the base's. Sampling must use the same; loratune
+            sample reads it from the LoRA file.
+        zero_terminal_snr: rescale the base's noise schedule so that its last step is pure noise (Lin 2024), which needs
+            prediction v or x0; loss weights follow the rescaled schedule. Sampling must use it too.
     """
 
     min_snr_gamma: float | None = None

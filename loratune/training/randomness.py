@@ -50,7 +50,7 @@ def seed_dropout(step: int, part: int) -> None:
 def states() -> dict[str, Any]:
     """Where this process's generators stand, as tensors and plain values."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    held: dict[str, Any] = {
+    states: dict[str, Any] = {
         "python": list(random.getstate()[1]),
         "python_gauss": random.getstate()[2],
         "numpy": torch.from_numpy(np.array(keys, dtype=np.int64)),
@@ -58,18 +58,18 @@ def states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        held["cuda"] = torch.cuda.get_rng_state()
-    return held
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def restore(held: dict[str, Any]) -> None:
+def restore(states: dict[str, Any]) -> None:
     """Put this process's generators where `states` found them."""
-    random.setstate((3, tuple(held["python"]), held["python_gauss"]))
-    kind, position, has_gauss, gauss = held["numpy_rest"]
-    np.random.set_state((kind, held["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(held["torch"].cpu())
-    if "cuda" in held and torch.cuda.is_available():
-        torch.cuda.set_rng_state(held["cuda"].cpu())
+    random.setstate((3, tuple(states["python"]), states["python_gauss"]))
+    kind, position, has_gauss, gauss = states["numpy_rest"]
+    np.random.set_state((kind, states["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class SharedDropout(nn.Dropout):
 
 def share_dropout(module: nn.Module) -> list[SharedDropout]:
     """Let a module's dropout layers draw for the whole batch; returns them."""
-    found = [part for part in module.modules() if type(part) is nn.Dropout and part.p > 0]
-    for part in found:
+    dropouts = [part for part in module.modules() if type(part) is nn.Dropout and part.p > 0]
+    for part in dropouts:
         part.__class__ = SharedDropout
     return [part for part in module.modules() if isinstance(part, SharedDropout)]

@@ -33,4 +33,4 @@ def add(sums: Tensor, t: Tensor, losses: Tensor, steps: int) -> Tensor:
 def means(sums: Tensor) -> list[float]:
     """Mean loss of each part; nan where there was none."""
     total, count = sums.tolist()
-    return [one / number if number else float("nan") for one, number in zip(total, count, strict=True)]
+    return [loss / number if number else float("nan") for loss, number in zip(total, count, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from loratune.errors import UserError
 
 FUSED_ON = ("cuda",)
 """Devices where an optimizer's step is fused unless the recipe says otherwise; on a CPU it would change last bits."""
@@ -18,14 +21,14 @@ FUSED_ON = ("cuda",)
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The learning rate as a fraction of the optimizer's own, by step.
+    """The learning rate by step, as a fraction of the optimizer's own.
 
     Args:
         name: constant, linear, cosine, cosine_with_restarts or polynomial, after the warm-up.
-        warmup_steps: steps over which the rate grows linearly from zero.
-        num_cycles: for cosine_with_restarts: how often the cosine begins anew (Loshchilov 2017), 2 or more.
-        power: for polynomial: of 1 - the part of the run that is done.
-        min_lr_ratio: the fraction that all but constant end at, in [0, 1).
+        warmup_steps: steps over which the learning rate grows linearly from zero.
+        num_cycles: for cosine_with_restarts: how often the cosine restarts (Loshchilov 2017), 2 or more.
+        power: for polynomial: of 1 - the share of the run that is done.
+        min_lr_ratio: the lowest learning rate over the optimizer's own, in [0, 1); not for constant.
     """
 
     name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
@@ -56,7 +59,7 @@ class LRSchedule:
         elif value < least or not value:
             raise ValueError(f"schedule.{key} is {value}; give {least or 'a number above 0'}{' or more' * bool(least)}")
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: int, total: float) -> float:
         """The fraction of the full rate at a step of 0..total, in [0, 1]."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -84,13 +87,56 @@ def optimizer_and_schedule(
 
     A group of parameters may have a `factor`, by which its learning rate is multiplied.
     """
-    made = optimizer(parameters)
-    for group in made.param_groups:
+    built = optimizer(parameters)
+    for group in built.param_groups:
         group["lr"] = group["lr"] * group.get("factor", 1.0)
-    fuse(made)
-    total = int(module.trainer.estimated_stepping_batches)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: schedule.factor(step, total))
-    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
+    fuse(built)
+    trainer = module.trainer
+    if schedule.name != "constant" and trainer.max_steps == trainer.max_epochs == -1:
+        raise UserError(f"the learning rate is {schedule.name}, and the run has no length; set trainer.max_steps")
+    scheduler = BySteps(built, schedule, lambda: trainer.estimated_stepping_batches)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"}}
+
+
+class BySteps(torch.optim.lr_scheduler.LambdaLR):
+    """An optimizer's rates by the steps that were made; a run that goes on has those of its own recipe and length.
+
+    Args:
+        optimizer: whose rates are moved from what they are now.
+        schedule: by which.
+        total: steps of the run; asked for after the first step or a checkpoint, as Lightning opens the images for it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: LRSchedule, total: Callable[[], float]) -> None:
+        super().__init__(optimizer, lambda step: schedule.factor(step, total() if step else 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that were made."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the rates of a step, whatever they were in the run that is gone on from."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        for group, rate, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def of_step(trainer: L.Trainer, loss: Tensor, batch_idx: int) -> Tensor:
+    """A batch's loss, so that a step has the mean gradient of its batches where an epoch's last step has fewer of them.
+
+    Lightning divides by accumulate_grad_batches, however many there are.
+
+    Args:
+        trainer: of the run.
+        loss: of the batch.
+        batch_idx: its number in the epoch.
+    """
+    whole = trainer.accumulate_grad_batches
+    first = batch_idx // whole * whole
+    count = min(first + whole, trainer.num_training_batches) - first
+    return loss if count == whole else loss * (whole / count)
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:
@@ -103,22 +149,30 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
 
 def switching(trainer: L.Trainer) -> list[Any]:
     """Optimizers that train other weights than they evaluate, and say so by `train` and `eval` (Defazio 2024)."""
-    return [one for one in getattr(trainer, "optimizers", []) if hasattr(one, "train") and hasattr(one, "eval")]
+    return [
+        optimizer
+        for optimizer in getattr(trainer, "optimizers", [])
+        if hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+    ]
 
 
 @contextmanager
 def evaluated(trainer: L.Trainer) -> Iterator[None]:
     """Within it the weights are those that the optimizer evaluates; after it they are to the bit what they were."""
-    held = [one for one in switching(trainer) if any(group.get("train_mode") for group in one.param_groups)]
-    trained = [p for one in held for group in one.param_groups for p in group["params"]]
+    optimizers = [
+        optimizer
+        for optimizer in switching(trainer)
+        if any(group.get("train_mode") for group in optimizer.param_groups)
+    ]
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     kept = [p.detach().clone() for p in trained]
-    for one in held:
-        one.eval()
+    for optimizer in optimizers:
+        optimizer.eval()
     try:
         yield
     finally:
-        for one in held:
-            one.train()
+        for optimizer in optimizers:
+            optimizer.train()
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
@@ -131,8 +185,8 @@ class EvaluationWeights(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for one in switching(trainer):
-            one.train()
+        for optimizer in switching(trainer):
+            optimizer.train()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation = evaluated(trainer)

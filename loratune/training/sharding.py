@@ -79,6 +79,6 @@ def check_strategy(strategy: Any, model: Callable[[str], Any]) -> None:
         "model.memory.compile": bool(model("memory.compile")),
         "model.class_path": model("lora") is None,
     }
-    for key, given in refused.items():
-        if given:
+    for key, refuse in refused.items():
+        if refuse:
             raise UserError(f"trainer.strategy is {NAME}, which is not with {key} as given; change that, or set ddp")

@@ -27,8 +27,8 @@ def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | 
         if len(prefix.encode()) + new <= room:
             continue  # a token has at least one byte, and reading the tokenizer takes a second
         if (count := counter(prompts, token)(prefix)) > room:
-            told = f"{place} is {count} tokens, and a prompt holds {room}"
-            raise ValueError(f"{told}; shorten it, or set model.prompts.chunks above {prompts.chunks}")
+            fault = f"{place} is {count} tokens, and a prompt holds {room}"
+            raise ValueError(f"{fault}; shorten it, or set model.prompts.chunks above {prompts.chunks}")
 
 
 def _prefixes(tree: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ def test_data_tells_and_writes_nothing(recipe: Path, tmp_path: Path, capsys: pyt
     assert main(["data", str(recipe)]) == 1
     said = capsys.readouterr().out
     assert "(training): 12 images, " in said
-    assert "To mend: images that are there twice." in said
+    assert "To mend: duplicate images." in said
     assert files(tmp_path) == before
     assert main(["data", str(recipe), "--json", str(tmp_path / "a.json"), "--data.validation_percent=0"]) == 1
     told = json.loads((tmp_path / "a.json").read_text())
@@ -47,8 +47,8 @@ def test_data_has_nothing_to_mend(recipe: Path, images: Path, capsys: pytest.Cap
 
 
 FAULTS = {
-    "unreadable": "1 images that cannot be read: ",
-    "cut": "1 captions of more than 75 tokens, of which the rest is not read: 03.png (",
+    "unreadable": "1 unreadable images: ",
+    "cut": "1 captions truncated at 75 tokens: 03.png (",
     "no_caption": "1 images without a caption: ",
 }
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from loratune.data.entries import MIDDLE, View
 from loratune.data.masks import Masks, digest_of, mask_tensor
-from loratune.data.sources import Sample
+from loratune.data.samples import Sample
 from loratune.errors import UserError
 
 

@@ -172,22 +172,6 @@ def test_the_order_follows_the_seed(make: Callable[..., CaptionedImages], monkey
     assert len(set(orders)) == 3
 
 
-def test_the_order_goes_on_where_the_trainer_stands(make: Callable[..., CaptionedImages]) -> None:
-    data = make(validation_percent=0, batch_size=5)  # 12 images: batches of 5, 5 and 2
-    whole = []
-    for epoch in range(3):
-        data.trainer.global_step = 3 * epoch
-        whole += [tuple(batch["name"]) for batch in data.train_dataloader()]
-    for step in range(9):
-        data.trainer.global_step = step
-        rest = [tuple(batch["name"]) for batch in data.train_dataloader()]
-        assert rest == whole[step : 3 * (step // 3 + 1)]
-    data.trainer.accumulate_grad_batches = 2  # two steps an epoch: 5 + 5, 2
-    for step, batches in ((0, whole[:3]), (1, whole[2:3]), (2, whole[3:6]), (3, whole[5:6])):
-        data.trainer.global_step = step
-        assert [tuple(batch["name"]) for batch in data.train_dataloader()] == batches
-
-
 # What is wrong.
 
 

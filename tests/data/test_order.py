@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratune.data.buckets import Size
 from loratune.data.entries import Draw, Entry
-from loratune.data.order import BatchOrder, batches_consumed, groups, in_order, often
+from loratune.data.order import BatchOrder, groups, in_order, often
 from loratune.data.settings import SourceConfig
 
 QUICK = settings(max_examples=150, deadline=None)
@@ -29,9 +29,11 @@ def order(
     each: Sequence[float],
     size: int,
     seed: int,
-    place: Callable[[int], tuple[int, int]] = lambda _: (0, 0),
+    epoch: int = 0,
 ) -> BatchOrder:
-    return BatchOrder(groups(given_, each), [entry.bucket for entry in given_], size, seed, place)
+    made = BatchOrder(groups(given_, each), [entry.bucket for entry in given_], size, seed)
+    made.epoch = epoch
+    return made
 
 
 @QUICK
@@ -56,7 +58,7 @@ def test_epochs_and_seeds_differ(count: int, seed: int, size: int) -> None:
     rows = [Entry(0, at, "", ("a",), "", (8, 8), (8, 8)) for at in range(count)]
 
     def epoch(number: int, seed: int = seed) -> list[int]:
-        made = order(rows, [1], size, seed, lambda _: (number, 0))
+        made = order(rows, [1], size, seed, number)
         return [draw.sample for batch in made for draw in batch]
 
     epochs = [epoch(number) for number in range(4)]
@@ -72,24 +74,29 @@ def test_epochs_and_seeds_differ(count: int, seed: int, size: int) -> None:
 def test_a_resumed_order_is_the_rest_of_the_whole_one(
     given_: list[Entry], each: list[int], size: int, seed: int, data: st.DataObject
 ) -> None:
-    asked: list[int] = []
-    whole = [list(order(given_, each, size, seed, lambda _, e=e: (e, 0))) for e in range(3)]
-    epoch, done = data.draw(st.integers(0, 2)), data.draw(st.integers(0, len(whole[0]) - 1))
-
-    def place(batches: int) -> tuple[int, int]:
-        asked.append(batches)
-        return epoch, done
-
-    resumed = order(given_, each, size, seed, place)
-    assert asked == []  # only when it is gone through
+    whole = [list(order(given_, each, size, seed, epoch)) for epoch in range(3)]
+    epoch, done = data.draw(st.integers(0, 2)), data.draw(st.integers(0, len(whole[0])))
+    resumed = order(given_, each, size, seed)
+    resumed.load_state_dict({"epoch": epoch, "done": done, "trainers_epoch": epoch})
     assert list(resumed) == whole[epoch][done:]
-    assert asked == [len(whole[0])]
+    resumed.set_epoch(epoch)
+    assert list(resumed) == whole[epoch][done:]
+    resumed.set_epoch(epoch + 1)
+    assert (resumed.epoch, resumed.done) == ((epoch + 1, 0) if done else (epoch, 0))
+
+
+def test_an_order_that_is_fixed_is_the_same_in_every_epoch() -> None:
+    made = BatchOrder([(list(range(12)), 12)], [(8, 8)] * 12, 4, 3, fixed=True)
+    first = list(made)
+    made.done = 1
+    made.set_epoch(1)
+    assert list(made) == first
 
 
 def test_of_part_of_a_source_every_image_comes_in_time() -> None:
     rows = [Entry(0, at, "", ("a",), "", (8, 8), (8, 8)) for at in range(10)]
     rows += [Entry(0, 10, "", ("a",), "", (16, 8), (16, 8))]  # the only one of its shape
-    seen = [{d.sample for batch in order(rows, [0.3], 2, 1, lambda _, e=e: (e, 0)) for d in batch} for e in range(40)]
+    seen = [{d.sample for batch in order(rows, [0.3], 2, 1, e) for d in batch} for e in range(40)]
     assert {len(one) for one in seen} == {4}
     assert set().union(*seen) == set(range(11))
 
@@ -122,16 +129,3 @@ def test_how_often_sources_come(told: list[dict[str, object]], counts: list[int]
 def test_validation_comes_once_in_order_and_does_not_vary() -> None:
     assert in_order([(8, 8), (16, 8), (8, 8), (8, 8)], 2) == [[Draw(0), Draw(2)], [Draw(3)], [Draw(1)]]
     assert in_order([], 2) == []
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 3, 4])
-def test_batches_consumed_is_what_lightning_did(accumulate: int) -> None:
-    for batches in range(1, 10):
-        step = done = 0
-        assert batches_consumed(0, batches, accumulate) == 0
-        for _ in range(4):
-            for number in range(1, batches + 1):
-                done += 1
-                if number % accumulate == 0 or number == batches:  # Lightning steps at the end of an epoch too
-                    step += 1
-                    assert batches_consumed(step, batches, accumulate) == done

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from loratune.cli.main import main
 from loratune.evaluation.evaluate import Evaluate
 from loratune.runs.checkpoints import read_checkpoint
-from loratune.runs.log_history import curves, read
+from loratune.runs.history import curves, read
 
 ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog, a house]", "--evaluation.images", "3"]
 
@@ -142,7 +142,7 @@ def test_learning_by_heart_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
 
     at(10, 1.0, 1.0)
     at(20, 0.8, 0.9)
-    at(30, 0.9, 0.95)  # both rose: too high a rate, not learning by heart
+    at(30, 0.9, 0.95)  # both rose: too high a rate, not overfitting
     assert not caplog.text
     at(40, 0.9, 0.7)
     at(50, 1.0, 0.6)

@@ -13,7 +13,7 @@ from loratune.cli.main import main
 from loratune.evaluation.page import render
 from loratune.evaluation.run_page import page_of
 from loratune.formats import atomic
-from loratune.runs.log_history import append
+from loratune.runs.history import append
 
 ON = ["--evaluation.every_n_steps", "2", "--evaluation.prompts", "[a dog]", "--evaluation.images", "2"]
 DRAWN = ["--samples.every_n_steps", "3", "--samples.steps", "2", "--samples.prompts", "[<b>a disc</b>]"]

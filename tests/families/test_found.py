@@ -67,9 +67,8 @@ def test_a_single_file_is_told_by_its_header(name: str, tmp_path: Path) -> None:
 def test_the_schedule_that_a_single_file_tells(
     metadata: dict[str, str], marks: tuple[str, ...], told: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert (
-        StableDiffusionXL().stated(Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)) == told
-    )
+    header = Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)
+    assert StableDiffusionXL().stated(header) == told
     configs = Base.open(str(sparse_checkpoint(tmp_path / "x.safetensors", "sdxl", metadata, marks))).configs
     assert configs["scheduler"] == architectures()["sdxl"]["scheduler"] | told
 
@@ -91,7 +90,7 @@ def test_what_is_no_base_is_told_in_one_line(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"joint_blocks.0.x": torch.ones(1)}, {})
     write_safetensors(tmp_path / "b.safetensors", {"x": torch.ones(1)}, {})
     for name, words in (("a", "a Stable Diffusion 3 checkpoint"), ("b", "not a checkpoint that is known here")):
-        wanted = f"{name}.safetensors: {words}; a base must be a Stable Diffusion 1.x, 2.x or XL checkpoint"
+        wanted = f"{name}.safetensors: {words}; a base must be of Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL"
         with pytest.raises(UserError, match=wanted) as error:
             _ = Base.open(str(tmp_path / f"{name}.safetensors")).configs
         assert len(str(error.value).splitlines()) == 1

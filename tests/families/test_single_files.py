@@ -272,13 +272,30 @@ def test_loading_leaves_the_file_alone_and_the_random_numbers(
 
 def test_the_hash_of_a_base(small: dict[str, Configs], tiny_weights: Callable[..., Weights], tmp_path: Path) -> None:
     file = plain_file(tmp_path / "x.safetensors", small["sd15"], tiny_weights(small["sd15"]))
-    write_folder(tmp_path / "folder", small["sd15"], tiny_weights(small["sd15"]))
     assert base_hash(str(file)) == sha256_file(file)
-    assert base_hash(str(tmp_path / "folder")) == sha256_file(tmp_path / "folder" / "unet" / parts()["unet"].file)
     plain_file(file, small["sd15"], tiny_weights(small["sd15"], seed=1))
     assert base_hash(str(file)) == sha256_file(file)
-    shutil.rmtree(tmp_path / "folder" / "unet")
-    assert base_hash("made in code") == base_hash(str(tmp_path / "folder")) == ""
+    assert base_hash("made in code") == ""
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
+def test_the_hash_of_a_folder_is_of_all_its_parts(
+    part: str, small: dict[str, Configs], tiny_weights: Callable[..., Weights], tmp_path: Path
+) -> None:
+    weights = tiny_weights(small["sd15"])
+    write_folder(tmp_path / "one", small["sd15"], weights)
+    write_folder(tmp_path / "same", small["sd15"], weights)
+    if part == "scheduler":
+        small["sd15"]["scheduler"]["prediction_type"] = "v_prediction"
+    else:
+        key = next(iter(weights[part]))
+        weights[part][key] = weights[part][key] + 1
+    write_folder(tmp_path / "other", small["sd15"], weights)
+    one, same, other = (base_hash(str(tmp_path / name)) for name in ("one", "same", "other"))
+    assert one == same != other
+    assert len(one) == 64
+    shutil.rmtree(tmp_path / "one" / "unet")
+    assert base_hash(str(tmp_path / "one")) == ""
 
 
 @pytest.mark.parametrize(

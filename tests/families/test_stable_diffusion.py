@@ -171,7 +171,7 @@ def test_latent_shape(family: Model) -> None:
 
 
 def test_tokens_fill_the_window_and_long_captions_are_cut(family: Model) -> None:
-    ids = family.tokens(CAPTIONS)
+    ids = family.family.read(family, CAPTIONS).ids
     begin, end = family.tokenizer.bos_token_id, family.tokenizer.eos_token_id
     assert ids.shape == (3, 77)
     assert set(ids[:, 0].tolist()) == {begin}

@@ -298,3 +298,9 @@ def test_square_takes_the_middle(width: int, height: int) -> None:
 def test_square_of_the_right_size_changes_nothing() -> None:
     image = noise(16, 16)
     assert np.array_equal(np.asarray(square(image, 16)), np.asarray(image))
+
+
+def test_sixteen_bits_are_rounded_to_the_nearest_of_eight() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    opened = open_image(encoded(Image.fromarray(values)))
+    assert np.array_equal(np.asarray(opened)[..., 0], (values / 257).round().astype(np.uint8))

@@ -71,7 +71,7 @@ def test_a_full_size_checkpoint_is_told_by_its_header(tmp_path, capsys, name, fa
 def test_a_checkpoint_needs_neither_torch_nor_more_than_its_header(tmp_path):
     path = empty_checkpoint(tmp_path / "a.safetensors", "sdxl")
     code = (
-        "import sys; from pathlib import Path; from loratune.cli.main import main; from loratune.tools import inspect;"
+        "import sys; from pathlib import Path; from loratune.cli.main import main; from loratune.lora import inspect;"
         "read = lambda: int(Path('/proc/self/io').read_text().split()[1]) if Path('/proc/self/io').exists() else 0;"
         "from loratune.families.architectures import architectures; architectures();"
         f"before = read(); assert main(['inspect', {str(path)!r}]) == 0; count = read() - before;"

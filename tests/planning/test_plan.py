@@ -263,18 +263,18 @@ def test_what_a_plan_prints(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_drawing_is_planned_where_something_is_drawn(recipe: Path) -> None:
-    assert make_plan(recipe, gpu=False).drawing == 0
+    assert make_plan(recipe, gpu=False).sampling == 0
     compared = make_plan(recipe, gpu=False, words=["--evaluation.every_n_steps", "2"])
     drawn = make_plan(recipe, gpu=False, words=["--samples.every_n_steps", "2"])
-    assert 0 < compared.drawing <= drawn.drawing
-    assert drawn.drawing > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
+    assert 0 < compared.sampling <= drawn.sampling
+    assert drawn.sampling > sum(drawn.memory[part] for part in ("weights", "adapter", "optimizer"))
 
 
 def test_a_large_image_is_decoded_in_more_memory_than_it_is_encoded_in(sdxl: Path) -> None:
     words = ["--trainer.precision", "bf16-mixed", "--samples.every_n_steps", "100"]
     made = make_plan(sdxl, gpu=True, words=words)
-    assert made.drawing > made.encoding > 0
-    assert made.peak == max(made.training, made.drawing)
+    assert made.sampling > made.encoding > 0
+    assert made.peak == max(made.training, made.sampling)
 
 
 def test_a_rate_is_of_this_device() -> None:

@@ -68,13 +68,13 @@ def test_recipes_are_short() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("rank: 4", "rnak: 4", ":11: 'model.lora.rnak' is not known; did you mean 'model.lora.rank'?"),
-        ("rank: 4", "rank: big", ":11: 'model.lora.rank': big is not of type int"),
-        ("resolution: 16", "resolutoin: 16", ":17: 'data.resolutoin' is not known; did you mean 'data.resolution'?"),
-        ("max_steps", "max_step", ":4: 'trainer.max_step' is not known; did you mean 'trainer.max_steps'?"),
-        ("data:\n", "dta:\n", ":15: 'dta' is not known; did you mean 'data'?"),
-        ("lr: 1.0e-2", "lrr: 1.0e-2", ":14: 'model.optimizer.init_args.lrr' is not known to torch.optim.AdamW"),
-        ("torch.optim.AdamW", "AdamQ", ":13: 'AdamQ' is no class that is known; did you mean 'Adam"),
+        ("rank: 4", "rnak: 4", ":12: unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'?"),
+        ("rank: 4", "rank: big", ":12: 'model.lora.rank': big is not of type int"),
+        ("resolution: 16", "resolutoin: 16", ":18: unknown key 'data.resolutoin'; did you mean 'data.resolution'?"),
+        ("max_steps", "max_step", ":4: unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        ("data:\n", "dta:\n", ":16: unknown key 'dta'; did you mean 'data'?"),
+        ("lr: 1.0e-2", "lrr: 1.0e-2", ":15: unknown key 'model.optimizer.init_args.lrr' of torch.optim.AdamW"),
+        ("torch.optim.AdamW", "AdamQ", ":14: unknown class 'AdamQ'; did you mean 'Adam"),
         ("rank: 4", "rank: 0", "lora.rank is 0; give 1 or more"),
         ("rank: 4", "dropout: 1.5", "lora.dropout is 1.5"),
         ("targets: cross-attention", "targets: 'attn7.*'", "matches no layer; there are: "),
@@ -156,9 +156,9 @@ def test_unreadable_images_are_left_out_and_named(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--model.lora.rnak 4", "'model.lora.rnak' is not known; did you mean 'model.lora.rank'?"),
-        ("--model.optimizer AdamQ", "'AdamQ' is no class that is known; did you mean 'Adam"),
-        ("--trainer.callbacks+=EMMA", "'EMMA' is no class that is known; did you mean 'EMA'?"),
+        ("--model.lora.rnak 4", "unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'?"),
+        ("--model.optimizer AdamQ", "unknown class 'AdamQ'; did you mean 'Adam"),
+        ("--trainer.callbacks+=EMMA", "unknown class 'EMMA'; did you mean 'EMA'?"),
         ("--model.lora.type lorra", "lorra"),
         (
             "--model.objective.min_snr_gamma 5 --model.objective.debiased_estimation true",

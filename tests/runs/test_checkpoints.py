@@ -259,11 +259,13 @@ def test_other_images_or_another_base_are_refused(
     assert fit(recipe, "--trainer.max_steps", "2") == 0
     moved = shutil.copytree(tiny_base, tmp_path / "moved")
     assert fit(recipe, "--ckpt_path", "last", "--trainer.max_steps", "3", "--model.base", str(moved)) == 0
-    weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
-    held = load_file(weights)
-    save_file({name: value + 1e-3 for name, value in held.items()}, weights)
-    assert fit(recipe, "--ckpt_path", "last", "--model.base", str(moved)) == 2
-    assert "is of another run: model.base: " in capsys.readouterr().err
+    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        weights = moved / f"{file}.safetensors"
+        before, held = weights.read_bytes(), load_file(weights)
+        save_file({name: value + 1e-3 for name, value in held.items()}, weights)
+        assert fit(recipe, "--ckpt_path", "last", "--model.base", str(moved)) == 2
+        assert "is of another run: model.base: " in capsys.readouterr().err
+        weights.write_bytes(before)
     (images / "00.png").unlink()
     lines = (images / "metadata.jsonl").read_text().splitlines()
     (images / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")

@@ -20,8 +20,8 @@ from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.lora.load import load_with
+from loratune.lora.verify import verify
 from loratune.recipe.parse import run as run_recipe
-from loratune.training.export import verify
 from loratune.training.lora_module import LoRAModule
 
 

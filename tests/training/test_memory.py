@@ -306,7 +306,7 @@ def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, image
     recipe = Path(__file__).parent.parent.parent / "recipes" / "sdxl-qlora.yaml"
     words = ["--model.base", str(tiny_base), "--data.path", str(images), "--data.resolution", "16"]
     words += ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator"]
-    cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache", str(tmp_path / "cache")])
+    cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache_dir", str(tmp_path / "cache")])
     assert cli.trainer.global_step == 2
     assert type(cli.trainer.optimizers[0]).__name__ == "AdamW8bit"
     assert any(isinstance(part, Linear4bit) for part in cli.model.model.network.modules())

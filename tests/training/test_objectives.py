@@ -20,9 +20,9 @@ from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoRALayer
 from loratune.lora.load import load_with
 from loratune.training.diffusion_module import DiffusionModule
-from loratune.training.export import _drawing
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective, Timesteps, mask_of
+from loratune.training.provenance import sampling_facts
 from loratune.training.randomness import generator
 
 
@@ -207,7 +207,7 @@ def test_what_makes_no_sense_for_a_base_is_refused_before_a_weight_is_read(
 def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert load_model(str(tiny_sdxl)).prediction == "eps"
     module = LoRAModule(str(tiny_sdxl), objective=Objective(prediction="v", zero_terminal_snr=True))
-    told = _drawing(module)
+    told = sampling_facts(module.objective)
     assert told == {PREDICTION_KEY: "v", ZERO_SNR_KEY: "true", "ss_zero_terminal_snr": "True"}
     name = next(iter(module.layers()))
     layer = module.layers()[name]
@@ -218,7 +218,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
     assert torch.equal(drawn.noise_schedule.a, module.model.noise_schedule.a)
     assert drawn.scheduler_config == module.model.scheduler_config
     module.objective = Objective()
-    assert _drawing(module) == {}
+    assert sampling_facts(module.objective) == {}
 
 
 # What a step does with it.

@@ -176,7 +176,7 @@ def _open(asked: Request, target: Path, parts: Iterable[str], stack: ExitStack) 
             shutil.copyfile(file, place)
         else:
             outputs[file] = stack.enter_context(opened_copy(file, place))
-    _index_shards(base, target, parts)
+    _index_shards(base, target)
     return outputs
 
 
@@ -196,9 +196,9 @@ def _is_text(file: Path) -> bool:
     return file.suffix in TEXTS and ".index." not in file.name
 
 
-def _index_shards(base: Base, target: Path, parts: Iterable[str]) -> None:
+def _index_shards(base: Base, target: Path) -> None:
     """Write the list of a component's shards, without which diffusers does not read them, where there is none."""
-    for part in parts:
+    for part in base.variants:
         headers = base.files(part)
         if len(headers) > 1 and base.index(part) is None:
             size = sum(header.size - header.data_offset for header in headers.values())

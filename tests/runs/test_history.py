@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratune.runs.log_history import append, curves, cut, notes, read
+from loratune.runs.history import append, curves, cut, notes, read
 
 
 def test_lines_are_kept_and_a_cut_one_is_left_out(tmp_path: Path) -> None:
