@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from loratune.errors import UserError
-from loratune.families.family import Family
+from loratune.families.family import Family, LoadedModel
 from loratune.families.layouts import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from loratune.families.model import Model
 
 
 class LatentFamily(Family):
@@ -21,7 +19,7 @@ class LatentFamily(Family):
     patch = 1
     """Latents that are one token of the network's on each side."""
 
-    def prepare(self, model: Model) -> None:
+    def prepare(self, model: LoadedModel) -> None:
         model.vae.requires_grad_(False)
 
     def pixels_of_latent(self, configs: Mapping[str, Config]) -> int:
@@ -37,18 +35,18 @@ class LatentFamily(Family):
         side = int(configs[self.denoiser.name]["sample_size"] * self.pixels_of_latent(configs))
         return side, side
 
-    def encode_images(self, model: Model, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, model: LoadedModel, pixels: Tensor) -> dict[str, Tensor]:
         posterior = model.vae.encode(pixels.to(model.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
 
-    def x_0(self, model: Model, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, model: LoadedModel, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         latents = batch["mean"]
         if noise is not None:
             latents = latents + (0.5 * batch["logvar"]).exp() * noise
         shift = model.vae.config.get("shift_factor") or 0.0
         return cast("Tensor", (latents - shift) * model.vae.config["scaling_factor"])
 
-    def decode(self, model: Model, x_0: Tensor) -> Tensor:
+    def decode(self, model: LoadedModel, x_0: Tensor) -> Tensor:
         shift = model.vae.config.get("shift_factor") or 0.0
         latents = x_0 / model.vae.config["scaling_factor"] + shift
         return cast("Tensor", model.vae.decode(latents.to(model.vae.dtype)).sample.float())

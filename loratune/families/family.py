@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from loratune.families.layouts import Config, Layer, Shape
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from loratune.diffusion.process import Prediction
     from loratune.diffusion.schedule import NoiseSchedule
-    from loratune.families.model import Model
     from loratune.formats.headers import Header
 
 Configs = dict[str, dict[str, Any]]
@@ -110,6 +109,12 @@ class Part:
         """A module of a configuration, with the weights that its class gives it."""
         cls, plain = self.cls(), without_private(config)
         return cls.from_config(plain) if hasattr(cls, "from_config") else cls(cls.config_class(**plain))
+
+
+class LoadedModel(Protocol):
+    """A base in memory, which is a `model.Model`; components and tokenizers are attributes."""
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class Family(ABC):
@@ -253,7 +258,7 @@ class Family(ABC):
 
     # What is asked of a loaded model.
 
-    def prepare(self, model: Model) -> None:  # noqa: B027
+    def prepare(self, model: LoadedModel) -> None:  # noqa: B027
         """Set a model that was just put together as it is used."""
 
     def load_tokenizer(self, path: Path, name: str) -> Any:
@@ -264,20 +269,20 @@ class Family(ABC):
         """Write a tokenizer into its folder."""
         raise NotImplementedError
 
-    def encode_images(self, model: Model, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, model: LoadedModel, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels in [-1, 1] (B, 3, H, W) as what is cached: the VAE's mean and log-variance."""
         raise TypeError(f"{self.title} works on pixels and has no VAE")
 
     @abstractmethod
-    def x_0(self, model: Model, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, model: LoadedModel, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         """x_0 of a batch; `noise` (like x_0) draws from the VAE's posterior, None takes its mean."""
 
-    def text_parts(self, model: Model) -> dict[str, tuple[Any, Any]]:
+    def text_parts(self, model: LoadedModel) -> dict[str, tuple[Any, Any]]:
         """Each text encoder's tokenizer and itself, by name, where they take new tokens."""
         return {}
 
     @abstractmethod
-    def encode_prompts(self, model: Model, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
         """What the network is conditioned on for each caption.
 
         Captions of unequal length are padded at the end of dimension 1, and a tensor `..._mask` (B, L) is true where
@@ -288,20 +293,20 @@ class Family(ABC):
         """A condition with what else of a batch the network is conditioned on."""
         return condition
 
-    def text_settings(self, model: Model) -> str:
+    def text_settings(self, model: LoadedModel) -> str:
         """What decides beside the weights what captions are encoded as: a part of the text cache's keys."""
         return self.name
 
-    def words(self, model: Model, caption: str) -> list[tuple[str, list[int]]]:
+    def words(self, model: LoadedModel, caption: str) -> list[tuple[str, list[int]]]:
         """Words of a caption and the places of their tokens in cross-attention; none where it cannot be traced."""
         return []
 
     @abstractmethod
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, model: LoadedModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's prediction for x_t at times t (B,) of its noise schedule; same shape as x_t."""
 
     @abstractmethod
-    def decode(self, model: Model, x_0: Tensor) -> Tensor:
+    def decode(self, model: LoadedModel, x_0: Tensor) -> Tensor:
         """x_0 as pixels in about [-1, 1], (B, 3, H, W)."""
 
     def start_sampling(self, scheduler: Any, steps: int, shape: Sequence[int], device: Any) -> None:
@@ -313,8 +318,8 @@ class Architecture(ABC):
     """A model with new weights, by its sizes; a recipe names one with `class_path`."""
 
     @abstractmethod
-    def build(self) -> Model:
-        """The model, by torch's own generator."""
+    def build(self) -> Any:
+        """The `model.Model`, with weights by torch's own generator."""
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from loratune.families.family import Architecture, Condition, Part
+from loratune.families.family import Architecture, Condition, LoadedModel, Part
 from loratune.families.layouts import Config
 from loratune.families.processes import PREDICTION_TYPES, DDPMFamily
 
@@ -43,18 +43,18 @@ class Pixels(DDPMFamily):
     def latent_shape(self, configs: Mapping[str, Config], height: int, width: int) -> tuple[int, ...]:
         return (3, height, width)
 
-    def x_0(self, model: Model, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+    def x_0(self, model: LoadedModel, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         from loratune.formats.images import normalise
 
         return normalise(batch["pixels"])
 
-    def encode_prompts(self, model: Model, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
         return {}
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, model: LoadedModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return cast("Tensor", model.network(x_t, t).sample)
 
-    def decode(self, model: Model, x_0: Tensor) -> Tensor:
+    def decode(self, model: LoadedModel, x_0: Tensor) -> Tensor:
         return x_0
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from loratune.errors import UserError
 from loratune.families.autoencoder import LatentFamily
-from loratune.families.family import Architecture, Condition, Configs, Part
+from loratune.families.family import Architecture, Condition, Configs, LoadedModel, Part
 from loratune.families.layout_text import canonical_text_key, open_clip_layers, text_layers
 from loratune.families.layout_unet import unet_layers
 from loratune.families.layout_vae import canonical_vae_key, vae_layers
@@ -179,7 +179,7 @@ class StableDiffusion(LatentFamily, DDPMFamily):
     def kohya_version(self, configs: Mapping[str, Config]) -> str:
         return "sd_v1"
 
-    def prepare(self, model: Model) -> None:
+    def prepare(self, model: LoadedModel) -> None:
         import torch
 
         super().prepare(model)
@@ -201,10 +201,10 @@ class StableDiffusion(LatentFamily, DDPMFamily):
         config = json.loads(settings.read_text()) | {"pad_token": self.tokenizers[name]}
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def text_parts(self, model: Model) -> dict[str, tuple[Any, Any]]:
+    def text_parts(self, model: LoadedModel) -> dict[str, tuple[Any, Any]]:
         return {"text_encoder": (model.tokenizer, model.text_encoder)}
 
-    def read(self, model: Model, captions: Sequence[str], part: str = "text_encoder") -> Windows:
+    def read(self, model: LoadedModel, captions: Sequence[str], part: str = "text_encoder") -> Windows:
         """Captions as the windows of a text encoder; what does not fit is named in a warning, once."""
         from loratune.families.prompts import windows
 
@@ -217,13 +217,13 @@ class StableDiffusion(LatentFamily, DDPMFamily):
                 log.warning("prompt %r: cut before %r; %s %d", caption, lost, advice, model.prompts.chunks)
         return made
 
-    def encode_prompts(self, model: Model, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
         """`text`, the last hidden states; with several windows `text_mask` is true where a caption fills one."""
         read = self.read(model, captions)
         states = model.text_encoder(read.ids.to(model.device, non_blocking=True)).last_hidden_state.float()
         return self.joined(model, states, read)
 
-    def joined(self, model: Model, states: Tensor, read: Windows) -> Condition:
+    def joined(self, model: LoadedModel, states: Tensor, read: Windows) -> Condition:
         """The states of windows (M, 77, d), weighted and side by side."""
         from loratune.families.prompts import filled, join, weigh
 
@@ -236,12 +236,12 @@ class StableDiffusion(LatentFamily, DDPMFamily):
             condition["text_mask"] = mask.to(states.device, non_blocking=True)
         return condition
 
-    def text_settings(self, model: Model) -> str:
+    def text_settings(self, model: LoadedModel) -> str:
         parts = [_encodes(tokenizer, encoder) for tokenizer, encoder in self.text_parts(model).values()]
         settings = {"family": type(self).__name__, "prompts": asdict(model.prompts), "parts": parts}
         return json.dumps(settings, sort_keys=True, default=str)
 
-    def words(self, model: Model, caption: str) -> list[tuple[str, list[int]]]:
+    def words(self, model: LoadedModel, caption: str) -> list[tuple[str, list[int]]]:
         from loratune.families.prompts import words_of
 
         pieces = model.tokenizer.convert_ids_to_tokens(model.tokenizer(caption).input_ids)[1:-1]
@@ -249,11 +249,11 @@ class StableDiffusion(LatentFamily, DDPMFamily):
         words = [(word, [at + 1 for at in places]) for word, places in words_of(pieces)]
         return [(word, places) for word, places in words if places[-1] < window]
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, model: LoadedModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output = model.network(x_t.to(model.network.dtype), t, **self.network_kwargs(model, x_t, condition)).sample
         return cast("Tensor", output.float())
 
-    def network_kwargs(self, model: Model, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+    def network_kwargs(self, model: LoadedModel, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         """What the U-Net's call takes beside x_t and t."""
         arguments = {"encoder_hidden_states": condition["text"].to(model.network.dtype)}
         if "text_mask" in condition:

@@ -7,15 +7,13 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from loratune.families.family import Condition, Part
+from loratune.families.family import Condition, LoadedModel, Part
 from loratune.families.layout_text import canonical_text_key, open_clip_projected_layers
 from loratune.families.layouts import Config
 from loratune.families.sd import NOTHING, TEXT_PART, UNET_PART, VAE_PART, StableDiffusion
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from loratune.families.model import Model
 
 PREFIX = "conditioner.embedders."
 
@@ -70,10 +68,10 @@ class StableDiffusionXL(StableDiffusion):
     def kohya_version(self, configs: Mapping[str, Config]) -> str:
         return "sdxl_base_v1-0"
 
-    def text_parts(self, model: Model) -> dict[str, tuple[Any, Any]]:
+    def text_parts(self, model: LoadedModel) -> dict[str, tuple[Any, Any]]:
         return super().text_parts(model) | {"text_encoder_2": (model.tokenizer_2, model.text_encoder_2)}
 
-    def encode_prompts(self, model: Model, captions: Sequence[str]) -> Condition:
+    def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
         """`text` (B, 77 N, d1 + d2) and `pooled` (B, p) for N windows; with several also `text_mask`.
 
         An empty caption is zeros: SDXL was trained so, and diffusers' pipeline guides away from zeros.
@@ -99,7 +97,7 @@ class StableDiffusionXL(StableDiffusion):
         """With the images' sizes and crops, where the batch says them."""
         return {**condition, "sizes": batch["sizes"]} if "sizes" in batch else condition
 
-    def time_ids(self, model: Model, x_t: Tensor) -> Tensor:
+    def time_ids(self, model: LoadedModel, x_t: Tensor) -> Tensor:
         """Original size, crop's corner and target size in pixels, each height first, (B, 6): x_t's, uncropped."""
         import torch
 
@@ -107,19 +105,19 @@ class StableDiffusionXL(StableDiffusion):
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         return ids.to(x_t.device, non_blocking=True).expand(len(x_t), -1)
 
-    def network_kwargs(self, model: Model, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+    def network_kwargs(self, model: LoadedModel, x_t: Tensor, condition: Condition) -> dict[str, Any]:
         sizes = condition["sizes"] if "sizes" in condition else self.time_ids(model, x_t)
         added = {"text_embeds": condition["pooled"].to(model.network.dtype), "time_ids": sizes}
         return super().network_kwargs(model, x_t, condition) | {"added_cond_kwargs": added}
 
     # Autocast would run the float32 VAE in float16 all the same, and its activations pass 65504 there.
-    def encode_images(self, model: Model, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_images(self, model: LoadedModel, pixels: Tensor) -> dict[str, Tensor]:
         import torch
 
         with torch.autocast(pixels.device.type, enabled=False):
             return super().encode_images(model, pixels)
 
-    def decode(self, model: Model, x_0: Tensor) -> Tensor:
+    def decode(self, model: LoadedModel, x_0: Tensor) -> Tensor:
         import torch
 
         with torch.autocast(x_0.device.type, enabled=False):

@@ -90,7 +90,8 @@ def test_what_is_no_base_is_told_in_one_line(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"joint_blocks.0.x": torch.ones(1)}, {})
     write_safetensors(tmp_path / "b.safetensors", {"x": torch.ones(1)}, {})
     for name, words in (("a", "a Stable Diffusion 3 checkpoint"), ("b", "not a checkpoint that is known here")):
-        wanted = f"{name}.safetensors: {words}; a base must be of Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL"
+        families = "Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL"
+        wanted = f"{name}.safetensors: {words}; a base must be of {families}"
         with pytest.raises(UserError, match=wanted) as error:
             _ = Base.open(str(tmp_path / f"{name}.safetensors")).configs
         assert len(str(error.value).splitlines()) == 1
