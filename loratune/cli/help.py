@@ -43,8 +43,13 @@ def _value(action: Action) -> str:
     return choices if choices.startswith("{") else action.dest.upper().replace("_", "-")
 
 
-def usage_of(name: str, verb: Callable[..., int | None], positional: str | None) -> str:
+def usage_of(verb: Callable[..., int | None]) -> str:
     """What must be given, and that there are options."""
-    needed = [key for key, one in inspect.signature(verb).parameters.items() if one.default is one.empty]
-    words = [f"--{key.replace('_', '-')} {key.upper()}" for key in needed if key != positional]
-    return " ".join([f"loratune {name}", *([positional.upper()] if positional else []), *words, "[options]"])
+    parameters = inspect.signature(verb).parameters.values()
+    by_place = [each.name.upper() for each in parameters if each.kind is each.POSITIONAL_ONLY]
+    needed = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    keys = ["[--KEY VALUE ...]"] if any(each.kind is each.VAR_POSITIONAL for each in parameters) else []
+    words = [f"--{name.replace('_', '-')} {name.upper()}" for name in needed]
+    return " ".join([f"loratune {verb.__name__}", *by_place, *words, "[options]", *keys])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from loratune.data.sources import read_source
 from loratune.diffusion.objective import psnr
-from loratune.errors import UserError
 from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
 from loratune.families.model import Model
 from loratune.families.sampling import sample_images
@@ -23,36 +20,20 @@ from loratune.lora.load import load_with
 BY = (shapes, colours)
 
 
-def measure(
-    base: str,
-    what: str,
-    data: str,
-    lora: Sequence[str],
-    style: str | None,
-    samples: int,
-    size: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    out: Path | None,
-) -> dict[str, Any]:
-    """Measure, print JSON, and write it to `out` where that is given."""
-    reals, captions = read_images(data, size)
-    if what == "vae":
-        numbers = measure_vae(load_with(base, lora), reals[:samples])
-    elif what == "nearest":
-        numbers = measure_nearest(load_with(base, lora), reals, captions, samples, size, steps, guidance_scale, seed)
-    else:
-        if not style or not lora:
-            raise UserError("measure style: give --lora FILE and --style DATA too")
-        styled, names = read_images(style, size)
-        if names != captions:
-            raise UserError(f"{style}: its captions are not those of {data}, in the same order")
-        numbers = measure_style(base, lora, reals, styled, captions, size, steps, guidance_scale, seed)
-    print(json.dumps(numbers, indent=2))
-    if out:
-        out.write_text(json.dumps(numbers, indent=2) + "\n")
-    return numbers
+class Sampling(NamedTuple):
+    """How images are sampled to be measured.
+
+    Args:
+        size: side in pixels.
+        steps: of the sampler.
+        guidance_scale: scale of classifier-free guidance.
+        seed: of the first image, and of the choice of images.
+    """
+
+    size: int
+    steps: int
+    guidance_scale: float
+    seed: int
 
 
 def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
@@ -72,34 +53,28 @@ def measure_vae(model: Model, reals: Tensor) -> dict[str, Any]:
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
 
-def draw_all(model: Model, captions: Sequence[str], size: int, steps: int, guidance_scale: float, seed: int) -> Tensor:
-    """An image for each caption, seeds counting from `seed`; (N, 3, size, size) on the CPU."""
-    pixels = []
+def draw_all(model: Model, captions: Sequence[str], sampling: Sampling) -> Tensor:
+    """An image for each caption, seeds counting on from the first; (N, 3, size, size) on the CPU."""
+    images = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
-        seeds = [seed + start + i for i in range(len(part))]
-        pixels.append(sample_images(model, part, seeds, size, size, steps, guidance_scale).cpu())
-    return torch.cat(pixels)
+        seeds = [sampling.seed + start + i for i in range(len(part))]
+        side, steps, scale = sampling.size, sampling.steps, sampling.guidance_scale
+        images.append(sample_images(model, part, seeds, side, side, steps, scale).cpu())
+    return torch.cat(images)
 
 
 def measure_nearest(
-    model: Model,
-    reals: Tensor,
-    captions: Sequence[str],
-    samples: int,
-    size: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
+    model: Model, reals: Tensor, captions: Sequence[str], samples: int, sampling: Sampling
 ) -> dict[str, Any]:
     """The nearest-image rates over samples of captions chosen at random."""
+    seed = sampling.seed
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
-    images = draw_all(model, [captions[i] for i in chosen.tolist()], size, steps, guidance_scale, seed)
-    rates = {
-        f"nearest_of_20_by_{by.__name__}": round(nearest_rate(images, reals, chosen, by, seed=seed), 4) for by in BY
-    }
-    return rates | {"samples": len(chosen), "guidance_scale": guidance_scale, "steps": steps}
+    images = draw_all(model, [captions[i] for i in chosen.tolist()], sampling)
+    rates = {by.__name__: round(nearest_rate(images, reals, chosen, by, seed=seed), 4) for by in BY}
+    named = {f"nearest_of_20_by_{name}": rate for name, rate in rates.items()}
+    return named | {"samples": len(chosen), "guidance_scale": sampling.guidance_scale, "steps": sampling.steps}
 
 
 def measure_style(
@@ -108,14 +83,11 @@ def measure_style(
     reals: Tensor,
     styled: Tensor,
     captions: Sequence[str],
-    size: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
+    sampling: Sampling,
 ) -> dict[str, Any]:
     """How far a LoRA goes from the base's look to the style's, and whether it still draws the right things."""
-    before = draw_all(load_with(base, []), captions, size, steps, guidance_scale, seed)
-    after = draw_all(load_with(base, lora), captions, size, steps, guidance_scale, seed)
+    before = draw_all(load_with(base, []), captions, sampling)
+    after = draw_all(load_with(base, lora), captions, sampling)
     return style_numbers(before, after, reals, styled)
 
 

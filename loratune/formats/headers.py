@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,7 +77,11 @@ def read_header(path: Path | str) -> Header:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise _pickle(path)
     try:
-        size = path.stat().st_size
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            what = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or a device"
+            raise UserError(f"{path}: cannot be read (it is {what}, not a file)")
+        size = info.st_size
         with path.open("rb") as file:
             text = _read_text(path, file, size)
     except FileNotFoundError:

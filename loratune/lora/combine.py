@@ -13,7 +13,7 @@ from loratune.families.layouts import Shape
 from loratune.lora.algebra import Product, concatenate, factors, svd
 from loratune.lora.file import LoRAFile
 from loratune.lora.layers import LoRALayer, LowRank
-from loratune.lora.merge.request import Given, check_blocks, parse
+from loratune.lora.merge.request import Given, check_blocks
 from loratune.lora.progress import shown
 from loratune.lora.reading import (
     Errors,
@@ -35,13 +35,12 @@ from loratune.lora.reading import (
 Terms = Iterable[tuple[str, Sequence[tuple[float, Product]]]]
 
 
-def combine(lora: Sequence[str], out: Path, rank: int | None, to: Format | None, dtype: str | None) -> None:
-    """Write the weighted sum of LoRAs as one, and print how far the rounding, or `rank`, puts it off.
+def combine(given: Sequence[Given], out: Path, rank: int | None, to: Format | None, dtype: str | None) -> str:
+    """Write the weighted sum of LoRAs as one; returns a line that says how far the rounding, or `rank`, puts it off.
 
     Raises:
         UserError: a LoRA cannot be read, is of a kind that cannot be added, or does not fit the others.
     """
-    given = [parse(text) for text in lora]
     check_out(out, [one.path for one in given])
     check_only_rank(rank)
     sources = [(read(one.path), one) for one in given if one.weight != 0]
@@ -66,7 +65,7 @@ def combine(lora: Sequence[str], out: Path, rank: int | None, to: Format | None,
     ranks = sorted({layer.rank for layer in done.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = "approximated" if rank else "exact but for the rounding"
-    print(f"{out}: {len(sources)} LoRAs in {len(done)} layers of {told}, {how}; {errors.told()}")
+    return f"{out}: {len(sources)} LoRAs in {len(done)} layers of {told}, {how}; {errors.told()}"
 
 
 def _check_kind(source: Source, rank: int | None) -> None:

@@ -31,8 +31,8 @@ from loratune.lora.reading import (
 )
 
 
-def convert(file: Path, to: Format, out: Path, dtype: str | None, rank: int | None) -> None:
-    """Write a LoRA in another format, and print whether it is the same or how far it is off.
+def convert(file: Path, to: Format, out: Path, dtype: str | None, rank: int | None) -> str:
+    """Write a LoRA in another format; returns a line that says whether it is the same or how far it is off.
 
     Raises:
         UserError: it cannot be read, or the format cannot hold it and no `rank` is given.
@@ -54,9 +54,8 @@ def convert(file: Path, to: Format, out: Path, dtype: str | None, rank: int | No
         layers, errors = approximated(source, rank, dtype_of(source.file.layers.values(), dtype))
         told_note = described(file) | {"to": to, "rank": rank, "error": errors.overall}
         write(out, layers, source.file, to, ("converted", told_note))
-        print(f"{told}, approximated ({_reason(file, out, error)}); {errors.told()}")
-        return
-    print(f"{told}, {_rounding(source, out)}")
+        return f"{told}, approximated ({_reason(file, out, error)}); {errors.told()}"
+    return f"{told}, {_rounding(source, out)}"
 
 
 def _reason(file: Path, out: Path, error: UserError) -> str:

@@ -23,8 +23,8 @@ FIRST_RANK = 16  # how many singular values are asked for first where --keep tel
 NAMED = 3  # of what cannot be held, in the message
 
 
-def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: Format, dtype: str) -> None:
-    """Write the LoRA from one checkpoint to another, and print how much of the difference it holds.
+def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: Format, dtype: str) -> str:
+    """Write the LoRA from one checkpoint to another; returns lines that say how much of the difference it holds.
 
     Raises:
         UserError: a checkpoint is not known or not complete, they are of different architectures or the same.
@@ -34,10 +34,12 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
     check_out(out, (old.path, new.path))
     _check_same(old, new)
     layers, errors, other = extracted(old, new, module_names(old.configs), rank, keep, DTYPES[dtype])
-    if other:
-        print(f"{len(other)} tensors differ that a LoRA cannot hold: {_named(other)}")
+    lines = [f"{len(other)} tensors differ that a LoRA cannot hold: {_named(other)}"] if other else []
     if not layers:
-        raise UserError(f"{tuned}: no layer that a LoRA can hold differs from {base}; there is nothing to extract")
+        others = f" ({lines[0]})" if lines else ""
+        raise UserError(
+            f"{tuned}: no layer that a LoRA can hold differs from {base}{others}; there is nothing to extract"
+        )
     note = {"base": base, "tuned": tuned, "rank": rank, "keep": keep, "error": errors.overall, "not_held": len(other)}
     configs = old.configs
     version, architecture = old.family.kohya_version(configs), f"{old.family.modelspec(configs)}/lora"
@@ -45,7 +47,7 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
     write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
     ranks = sorted({layer.rank for layer in layers.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    print(f"{out}: {len(layers)} layers of {told}; {errors.told()}")
+    return "\n".join([*lines, f"{out}: {len(layers)} layers of {told}; {errors.told()}"])
 
 
 def _check_same(old: Base, new: Base) -> None:

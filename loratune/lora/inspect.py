@@ -9,10 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, describe_unsupported, detect
 from loratune.families.base import Base
@@ -48,27 +44,8 @@ TRAINING = {
     "seed": ("ss_seed",),
     "comment": ("ss_training_comment",),
 }
-SHOWN = 120  # characters of a value in the table; JSON has it whole
-LISTED = 6  # items of a list in the table
 # Text widths of the bases, where a LoRA's own names cannot be read.
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-
-
-def inspect(file: Path, json: bool, diff: Path | None = None) -> None:
-    """Print what a file is, or how a LoRA differs from another, as a table or as JSON.
-
-    Raises:
-        UserError: a file cannot be read, or `diff` is asked for with what is no LoRA.
-    """
-    found = _difference(file, diff) if diff else describe(file)
-    if json:
-        print(jsons.dumps(found, indent=2))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in found.items():
-        if value not in (None, {}, []):
-            table.add_row(Text(_plain(key), style="bold"), Text(_shown(value)))
-    Console().print(table)
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -252,7 +229,12 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _difference(one: Path, other: Path) -> dict[str, Any]:
+def compare(one: Path, other: Path) -> dict[str, Any]:
+    """How two LoRA files differ.
+
+    Raises:
+        UserError: one cannot be read, or is no LoRA.
+    """
     from loratune.lora.compare import difference
     from loratune.lora.file import read_lora
     from loratune.lora.progress import shown
@@ -263,33 +245,3 @@ def _difference(one: Path, other: Path) -> dict[str, Any]:
     left, right = (read_lora(path, layer_names()).layers for path in (one, other))
     names = shown(sorted({*left, *right}), "comparing")
     return {"A": str(one), "B": str(other), **difference(left, right, names)}
-
-
-def _shown(value: Any, indent: str = "") -> str:
-    """A value for people: short numbers, the beginning of long texts and lists."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        if set(value) == {"loads", "notes"}:
-            return _verdict(value, indent)
-        lines = [f"{_plain(name)}: {_shown(one, f'{indent}  ')}" for name, one in value.items()]
-        return ("\n" + indent if indent else "") + f"\n{indent}".join(lines)
-    if isinstance(value, list):
-        more = f", and {len(value) - LISTED} more" if len(value) > LISTED else ""
-        return ", ".join(_shown(one) for one in value[:LISTED]) + more
-    text = _plain(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
-
-
-def _plain(value: Any) -> str:
-    """On one line, and without what a terminal would take for a command."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value).split()))
-
-
-def _verdict(value: dict[str, Any], indent: str) -> str:
-    lines = [str(value["loads"])]
-    for note in value["notes"]:
-        keys: Sequence[str] = note["keys"]
-        told = f" ({len(keys)} keys, such as {keys[0]})" if keys else ""
-        lines.append(_plain(f"{note['why']}{told}"))
-    return f"\n{indent}".join(lines)

@@ -27,8 +27,8 @@ from loratune.lora.reading import (
 )
 
 
-def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: Format | None, dtype: str | None) -> None:
-    """Write a LoRA at another rank, and print the error of each layer and overall.
+def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: Format | None, dtype: str | None) -> str:
+    """Write a LoRA at another rank; returns lines with the error of each layer and overall.
 
     Raises:
         UserError: it cannot be read or written, is a DoRA, or `rank` and `keep` are not one of the two.
@@ -41,11 +41,13 @@ def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: Form
     layers, errors = resized(source.file.layers, shapes, rank, keep, dtype_of(source.file.layers.values(), dtype))
     note = described(file) | {"rank": rank, "keep": keep, "error": errors.overall}
     write(out, layers, source.file, to or source.format, ("resized", note))
-    for name, layer in layers.items():
-        print(f"{name}: rank {source.file.layers[name].rank} -> {layer.rank}, error {errors.of(name):.2e}")
+    lines = [
+        f"{name}: rank {source.file.layers[name].rank} -> {layer.rank}, error {errors.of(name):.2e}"
+        for name, layer in layers.items()
+    ]
     ranks = sorted({layer.rank for layer in layers.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    print(f"{out}: {len(layers)} layers of {told}; {errors.told()}")
+    return "\n".join([*lines, f"{out}: {len(layers)} layers of {told}; {errors.told()}"])
 
 
 def resized(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from loratune.planning.footprint import AUTOCAST, WHOLE
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.run import run as run_recipe
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 

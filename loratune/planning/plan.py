@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json as json_format
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 
 from loratune.data.order import often
 from loratune.errors import UserError
 from loratune.evaluation.evaluate import Evaluate
 from loratune.evaluation.samples import SampleGrid
 from loratune.families.load import without_weights
-from loratune.planning.calibrate import matrix_rate, true_steps
 from loratune.planning.footprint import Rules, imagine, peak, state_bytes, step, weight_bytes
-from loratune.recipe.parse import RecipeCLI, model_is_named
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.parse import RecipeCLI
+from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
 from loratune.training.memory import FROM_BASE
@@ -94,21 +91,8 @@ class Plan:
 
 def build(recipe: Path, words: Sequence[str] = ()) -> RecipeCLI:
     """A recipe's objects with bases on the meta device: no weight is read."""
-    if from_base(recipe):  # which takes numbers; what is held is the same
-        words = [*words, f"--{prefix_of(recipe)}lora.init", "kaiming"]
     with without_weights():
         return run_recipe(["-c", str(recipe), *words], execute=False)
-
-
-def prefix_of(recipe: Path) -> str:
-    """What the module's keys begin with on the command line."""
-    return "model.init_args." if model_is_named([recipe], []) else "model."
-
-
-def from_base(recipe: Path) -> bool:
-    """Whether an adapter starts from the base's weights, which then have to be held exactly."""
-    model = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("model", {})
-    return (model.get("init_args", model).get("lora") or {}).get("init") in FROM_BASE
 
 
 def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | None = None) -> Plan:
@@ -271,16 +255,16 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def changes(cli: RecipeCLI, recipe: Path) -> Iterator[tuple[str, list[str]]]:
+def changes(cli: RecipeCLI) -> Iterator[tuple[str, list[str]]]:
     """What would take less memory, the least harmful first: the key as told, and the words that set it."""
     module: Any = cli.model
     memory, data = module.memory, cli.datamodule
     lora: Any = getattr(module, "lora", None)
 
     def key(name: str, value: str) -> tuple[str, list[str]]:
-        return f"model.memory.{name}: {value}", [f"--{prefix_of(recipe)}memory.{name}", value]
+        return f"model.memory.{name}: {value}", [f"--model.memory.{name}", value]
 
-    exact = lora is None or from_base(recipe)
+    exact = lora is None or lora.init in FROM_BASE
     if memory.dtype == "float32" and not exact:
         yield key("dtype", "bfloat16")
     if not memory.gradient_checkpointing:
@@ -297,7 +281,7 @@ def advise(recipe: Path, gpu: bool, room: int, words: Sequence[str] = ()) -> tup
     """The changes, added one by one, with which a recipe fits into `room` bytes, and the plan with them; or None."""
     words = list(words)
     advised: list[str] = []
-    for name, more in changes(build(recipe, words), recipe):
+    for name, more in changes(build(recipe, words)):
         words += more
         advised = [*(line for line in advised if line.split(":")[0] != name.split(":")[0]), name]
         changed = make_plan(recipe, gpu, words)
@@ -309,76 +293,3 @@ def advise(recipe: Path, gpu: bool, room: int, words: Sequence[str] = ()) -> tup
 def size_text(count: float) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-def lines_of(plan: Plan) -> list[str]:
-    """A plan for people."""
-    sizes = ", ".join(f"{width}x{height}" for height, width in plan.sizes)
-    parts = ", ".join(f"{name} {size_text(count)}" for name, count in plan.memory.items())
-    time_told = "unknown; give --steps-per-second, or --run to measure"
-    if plan.seconds:
-        time_told = duration(plan.seconds)
-    elif plan.least:
-        time_told = f"at least {duration(plan.least)}, by how fast this device multiplies matrices; --run measures"
-    return [
-        f"{plan.recipe} on a {plan.device}:",
-        f"  parameters   {plan.trained:,} trained, {plan.frozen:,} frozen",
-        f"  images       {plan.images:,} of {sizes}; {plan.batch} a step",
-        f"  steps        {plan.steps:,}, which see {plan.steps * plan.batch:,} images",
-        f"  training     {size_text(plan.training)}: {parts}",
-        f"  encoding     {size_text(plan.encoding)}" if plan.cache else "  encoding     nothing is cached",
-        f"  sampling     {size_text(plan.sampling)}" if plan.sampling else "  sampling     no samples",
-        f"  cache        {size_text(plan.cache)} on disk",
-        f"  arithmetic   {plan.flops / 1e12:.3g} TFLOP a step",
-        f"  time         {time_told}",
-    ]
-
-
-def plan(
-    recipe: Path, device: str | None, run: bool, steps_per_second: float | None, json: bool, words: Sequence[str] = ()
-) -> None:
-    """Print what a recipe needs, and the changes that would make it fit; the work of `loratune plan`."""
-    if steps_per_second is not None and steps_per_second <= 0:
-        raise UserError(f"--steps-per-second is {steps_per_second}; give a number above 0")
-    room = None if device in (None, "cpu", "gpu") else parse_memory(str(device))
-    gpu = torch.cuda.is_available() if device is None else device != "cpu"
-    estimate = make_plan(recipe, gpu, words, steps_per_second)
-    if room is None and gpu == torch.cuda.is_available():
-        rate = matrix_rate("cuda" if gpu else "cpu", estimate.precision)
-        estimate = replace(estimate, least=estimate.steps * estimate.flops / rate)
-    if run:
-        measured = true_steps(recipe, words)
-        estimate = replace(
-            estimate, measured=measured, seconds=estimate.seconds or estimate.steps * measured["seconds_per_step"]
-        )
-    fits = None if room is None else estimate.peak <= room
-    advice = advise(recipe, gpu, room, words) if room is not None and not fits else None
-    if json:
-        report = asdict(estimate) | {"training": estimate.training, "peak": estimate.peak, "fits": fits}
-        print(json_format.dumps(report | {"changes": advice[0] if advice else []}, indent=2))
-        return
-    print("\n".join(lines_of(estimate)))
-    if estimate.measured:
-        shapes = ", ".join(f"{shape}: {seconds:.2f} s" for shape, seconds in estimate.measured["steps"].items())
-        print(f"  measured     one step of each bucket: {shapes}; peak {size_text(estimate.measured['peak'])}")
-    if room is not None:
-        print("\n".join(_verdict(estimate, room, advice)))
-
-
-def _verdict(estimate: Plan, room: int, advice: tuple[list[str], Plan] | None) -> list[str]:
-    if estimate.peak <= room:
-        return [f"It fits: {size_text(estimate.peak)} of {size_text(room)}."]
-    verdict = f"It does not fit: {size_text(estimate.peak)}, and there are {size_text(room)}."
-    if advice is None:
-        return [verdict, "No change that is known here makes it fit; take a smaller data.resolution or another device."]
-    return [
-        verdict,
-        f"With these changes it takes {size_text(advice[1].peak)}:",
-        *(f"  {change}" for change in advice[0]),
-    ]

@@ -8,24 +8,37 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning as L
-import torch
 import yaml
 
-from loratune.errors import UserError
-from loratune.families.family import Architecture
-
-NAMED_CLASSES = (torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture)
+from loratune.recipe.reader import compose, walk
 
 
-def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
+class Entry(NamedTuple):
+    """A key of a recipe: where it stands, its dotted name, and its value where that is a scalar."""
+
+    path: Path
+    line: int
+    key: str
+    value: str
+
+
+def entries_of(recipes: Sequence[Path]) -> list[Entry]:
+    """All keys of recipes, the last recipe's first; read before the parser goes into a recipe's folder."""
+    return [
+        Entry(path, key.start_mark.line + 1, dotted, value.value if isinstance(value, yaml.ScalarNode) else "")
+        for path in reversed(recipes)
+        for dotted, key, value in walk(compose(path))
+    ]
+
+
+def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     """jsonargparse's message as one line.
 
     Args:
         message: what the parser said.
-        recipes: the files that were parsed, the last one first to be searched.
+        recipes: the keys of the files that were parsed.
         known: dotted names of all keys.
     """
     if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
@@ -37,7 +50,7 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown_in_class(found[1], recipes)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        place, names = _place(found[1], recipes), [one.__name__ for base in NAMED_CLASSES for one in _below(base)]
+        place, names = _place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
         return f"{place}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
@@ -47,7 +60,7 @@ def explain(message: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
     return f"{_place('.'.join(keys), recipes)}'{'.'.join(keys)}': {rest}"
 
 
-def _unknown(key: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
+def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     known = list(known)
     section = key.split(".")[0]
     if section not in {name.split(".")[0] for name in known}:
@@ -55,9 +68,11 @@ def _unknown(key: str, recipes: Sequence[Path], known: Iterable[str]) -> str:
     return f"{_place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
 
 
-def _unknown_in_class(key: str, recipes: Sequence[Path]) -> str:
-    for path, line, dotted, siblings in _all_keys(recipes):
-        if dotted.split(".")[-1] == key and (named := siblings.get(f"{dotted.rsplit('.', 2)[0]}.class_path")):
+def _unknown_in_class(key: str, recipes: Sequence[Entry]) -> str:
+    classes = {(entry.path, entry.key): entry.value for entry in recipes}
+    for path, line, dotted, _ in recipes:
+        named = classes.get((path, f"{dotted.rsplit('.', 2)[0]}.class_path"))
+        if dotted.split(".")[-1] == key and named:
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
             return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
     return f"unknown key '{key}'"
@@ -69,9 +84,19 @@ def _parameters(name: str) -> list[str]:
         found: Any = getattr(import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
         found = None
-    for base in NAMED_CLASSES if found is None else ():
+    for base in _named_classes() if found is None else ():
         found = next((one for one in _below(base) if one.__name__ == attribute), found)
     return list(inspect.signature(found).parameters) if found else []
+
+
+def _named_classes() -> tuple[type[Any], ...]:
+    """What recipes name by class path."""
+    import lightning as L
+    import torch
+
+    from loratune.families.family import Architecture
+
+    return torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture
 
 
 def _below(base: type[Any]) -> Iterator[type[Any]]:
@@ -85,59 +110,10 @@ def _did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
-def _place(key: str, recipes: Sequence[Path]) -> str:
+def _place(key: str, entries: Sequence[Entry]) -> str:
     """`FILE:LINE: ` of a dotted key, or of a value; empty where it is in no file (but on the command line)."""
-    entries = list(_all_keys(recipes))
-    for path, line, dotted, siblings in entries:
-        if dotted == key or siblings.get(dotted) == key:
-            return f"{path}:{line}: "
+    for entry in entries:
+        if key in (entry.key, entry.value):
+            return f"{entry.path}:{entry.line}: "
     parent = key.rpartition(".")[0]
-    return _place(parent, recipes) if parent else ""
-
-
-def _all_keys(recipes: Sequence[Path]) -> Iterator[tuple[Path, int, str, dict[str, str]]]:
-    for path in reversed(recipes):
-        values: dict[str, str] = {}
-        found = list(_walk(yaml.compose(path.read_text(encoding="utf-8")), ""))
-        for _, dotted, value in found:
-            values[dotted] = value
-        for line, dotted, _ in found:
-            yield path, line, dotted, values
-
-
-def _walk(node: Any, prefix: str) -> Iterator[tuple[int, str, str]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}.{key.value}" if prefix else key.value
-            yield key.start_mark.line + 1, dotted, getattr(value, "value", "") if _scalar(value) else ""
-            yield from _walk(value, dotted)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _walk(item, prefix)
-
-
-def _scalar(node: Any) -> bool:
-    return isinstance(node, yaml.ScalarNode)
-
-
-def check_recipes(recipes: Sequence[Path]) -> None:
-    """See that recipes are there and are YAML mappings.
-
-    Raises:
-        UserError: one is not, with the file and the line.
-    """
-    for path in recipes:
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; a recipe is a YAML file such as recipes/quickstart.yaml"
-            ) from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not a text file") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-        if not isinstance(read, dict):
-            raise UserError(f"{path}: a recipe has sections such as trainer:, model: and data:")
+    return _place(parent, entries) if parent else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from jsonargparse import Namespace, _typehints
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -23,11 +25,14 @@ from loratune.families.prompts import Prompts
 from loratune.families.sd import NewStableDiffusion
 from loratune.formats.atomic import atomic_path
 from loratune.lora.tokens import NewToken
-from loratune.recipe.mistakes import check_recipes, explain
+from loratune.recipe.code import importing
+from loratune.recipe.mistakes import Entry, explain
 from loratune.runs.checkpoints import Checkpoints, use_atomic
+from loratune.runs.folder import give_back
 from loratune.runs.guard import Guard
 from loratune.runs.loggers import Events, log_text
-from loratune.runs.prepare import check_data, give_back, make_room, prepare
+from loratune.runs.prepare import check_data, is_first, make_room, prepare
+from loratune.runs.progress import StepBar, closing
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
 from loratune.training.autoencoder import AutoencoderModule
@@ -64,6 +69,33 @@ SECTIONS = {
 """What fills a recipe's sections beside trainer, model and data."""
 
 
+def own_defaults(_: Any, before: Any, value: Any) -> None:
+    """Let a class that is named in the place of another have its own defaults, such as Prodigy's rate of 1.
+
+    jsonargparse keeps what was set, or is a default, of the class before wherever the new one has an argument of the
+    same name; it has no setting for that.
+    """
+    if before and "init_args" in before and before["class_path"] != value["class_path"]:
+        before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = own_defaults
+
+
+class Source(NamedTuple):
+    """What is known of a recipe before it is parsed.
+
+    Args:
+        entries: every key with its file and line.
+        named: whether the module is named by its class; without a name it is a LoRA.
+        allow_code: whether class paths may name code from outside the libraries that are known.
+    """
+
+    entries: Sequence[Entry]
+    named: bool
+    allow_code: bool
+
+
 class RecipeParser(LightningArgumentParser):
     """Raises a mistake instead of printing 58 lines of usage, and opens no file but recipes.
 
@@ -71,11 +103,11 @@ class RecipeParser(LightningArgumentParser):
     checkpoint of gigabytes as text, several times.
     """
 
-    explain: Callable[[str], str] = staticmethod(lambda message: message)
+    source = Source((), False, False)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
         """Raise what the command line prints as one line."""
-        raise UserError(RecipeParser.explain(message))
+        raise UserError(explain(message, self.source.entries, KeyNames(self.source.named)))
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
@@ -119,6 +151,10 @@ def flat_numbers(tree: Any, prefix: str = "") -> dict[str, float | str]:
 
 class RecipeCLI(LightningCLI):
     """`loratune fit|validate|test`: a recipe's sections are the signatures of what they fill."""
+
+    def __init__(self, source: Source, **kwargs: Any) -> None:
+        RecipeParser.source = source  # of the class, as the parser makes others of its class for what is within
+        super().__init__(**kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with our errors."""
@@ -179,66 +215,48 @@ class RecipeCLI(LightningCLI):
             prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
+        """Lightning's trainer with TensorBoard in the run's folder, one progress bar and our monitor."""
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
             kwargs["logger"] = Events(trainer.default_root_dir)
         made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
-        if trainer.enable_progress_bar in (None, True):
-            made.append(RichProgressBar())
+        if trainer.enable_progress_bar in (None, True) and "ProgressBar" not in str(trainer.callbacks):
+            made.append(StepBar())
         self.trainer_defaults["callbacks"] = made
         if self.subcommand == "fit":
             make_room(self._chosen)
         return use_atomic(super().instantiate_trainer(**kwargs))
 
 
-def model_is_named(recipes: Sequence[Path], argv: Sequence[str]) -> bool:
-    """Whether a recipe names its module (`model.class_path`); without a name it is a LoRA."""
-    if any(word.startswith(("--model.class_path", "--model=")) or word == "--model" for word in argv):
-        return True
-    models = (yaml.safe_load(path.read_text(encoding="utf-8")).get("model") for path in recipes)
-    return any(isinstance(model, dict) and "class_path" in model for model in models)
-
-
-def recipes_in(argv: Sequence[str]) -> list[Path]:
-    """The recipe files named on a command line."""
-    following = zip(argv, [*argv[1:], ""], strict=True)
-    named = [value for flag, value in following if flag in ("-c", "--config")]
-    joined = [word.partition("=")[2] for word in argv if word.startswith(("-c=", "--config="))]
-    return [Path(one) for one in (*named, *joined)]
-
-
-def run(argv: Sequence[str], execute: bool = True) -> RecipeCLI:
-    """Parse a recipe, build its objects and run the sub-command that argv begins with.
-
-    Args:
-        argv: such as ["fit", "-c", "recipes/quickstart.yaml"].
-        execute: False only builds (and argv then has no sub-command).
+def build(argv: Sequence[str], source: Source, execute: bool) -> RecipeCLI:
+    """Parse a recipe, build its objects and run the sub-command that argv begins with; the work of `recipe.run.run`.
 
     Raises:
         UserError: a mistake in the recipe, told in one line.
+        ValueError: likewise, by what a section fills.
     """
     torch.set_float32_matmul_precision("high")
-    recipes = recipes_in(argv)
-    check_recipes(recipes)
-    named = model_is_named(recipes, argv)
-    RecipeParser.explain = staticmethod(lambda message: explain(message, recipes, KeyNames(named)))
     if execute and argv[0] == "fit":
         SIGNALS.listen()
     try:
-        return RecipeCLI(
-            model_class=L.LightningModule if named else LoRAModule,
-            datamodule_class=CaptionedImages,
-            subclass_mode_model=named,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveRecipe,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            args=list(argv),
-            run=execute,
-        )
-    except ValueError as error:
-        raise UserError(f"{recipes[-1] if recipes else argv[0]}: {' '.join(str(error).split())}") from error
+        with importing(source.allow_code):
+            cli = RecipeCLI(
+                source,
+                model_class=L.LightningModule if source.named else LoRAModule,
+                datamodule_class=CaptionedImages,
+                subclass_mode_model=source.named,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveRecipe,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                args=list(argv),
+                run=execute,
+            )
+        if execute and argv[0] == "fit" and is_first():
+            print(closing(cli.trainer))
+        return cli
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     finally:
         SIGNALS.forget()
         give_back()

@@ -23,7 +23,7 @@ def check_prefixes(data: Mapping[str, Any], prompts: Prompts, token: NewToken | 
     """
     room = WINDOW * prompts.chunks
     for place, prefix in _prefixes(data, "data"):
-        new = 0 if token is None else token.vectors * prefix.lower().count(token.token.lower())
+        new = 0 if token is None else token.num_vectors * prefix.lower().count(token.placeholder_token.lower())
         if len(prefix.encode()) + new <= room:
             continue  # a token has at least one byte, and reading the tokenizer takes a second
         if (count := counter(prompts, token)(prefix)) > room:

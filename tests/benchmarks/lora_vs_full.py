@@ -44,7 +44,7 @@ class Clock(L.Callback):
 
 def child(case: str, steps: int, out: Path) -> None:
     """Train one case and print what it took as JSON."""
-    from loratune.recipe.parse import run
+    from loratune.recipe.run import run
 
     words = [*CASES[case], "--trainer.default_root_dir", str(out), "--trainer.max_steps", str(steps)]
     words += ["--trainer.enable_progress_bar", "false", "--samples.every_n_steps", "0", "--data.cache_dir", str(out)]

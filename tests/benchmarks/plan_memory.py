@@ -40,7 +40,7 @@ def measured(words: list[str]) -> int:
     import psutil
     import torch
 
-    from loratune.recipe.parse import run
+    from loratune.recipe.run import run
     from loratune.training import lora_module
 
     assert lora_module

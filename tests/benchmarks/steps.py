@@ -84,7 +84,7 @@ def ours(words: list[str], steps: int) -> float:
     """Steps per second of `loratune fit`, from the end of one batch to that of the next."""
     import lightning as L
 
-    from loratune.recipe.parse import run
+    from loratune.recipe.run import run
 
     class Clock(L.Callback):
         def __init__(self) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune.cli.main import main, overridden
+from loratune.cli.main import main
+from loratune.cli.parser import overridden
 
 
 def files(folder: Path) -> set[Path]:

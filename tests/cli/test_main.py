@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from loratune.cli.main import RECIPE_VERBS, VERBS, main
+from loratune.cli import main as command
+from loratune.cli.main import find, main, names
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoRALayer
 
+VERBS = [name for name in names() if name not in ("fit", "validate", "test")]
 NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 
 
@@ -28,7 +30,7 @@ def test_help_imports_nothing_heavy_and_names_every_verb() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(f"loratune {verb} " in done.stdout for verb in (*RECIPE_VERBS, *VERBS))
+    assert all(f"loratune {verb} " in done.stdout for verb in names())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -37,8 +39,8 @@ def test_help_of_a_verb_explains_every_option(verb: str, capsys: pytest.CaptureF
         main([verb, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    names = [name for name in VERBS[verb].__annotations__ if name not in ("return", "overrides")]
-    assert all(f"--{name.replace('_', '-')} " in text or f"\n  {name} " in text for name in names)
+    options = [name for name in find(verb).__annotations__ if name not in ("return", "overrides")]
+    assert all(f"--{name.replace('_', '-')} " in text or f"\n  {name} " in text for name in options)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_flags_with_dashes_and_without_a_value(
         """Say what was given."""
         print(lora, in_place, batch_size)
 
-    monkeypatch.setitem(VERBS, "verb", verb)
+    monkeypatch.setattr(command, "find", lambda name: verb)
     for words, told in (
         (["--lora", "a", "--in-place", "--lora=b", "--batch-size", "3"], "['a', 'b'] True 3"),
         (["--in_place", "true", "--lora", "a"], "['a'] True 1"),
@@ -168,8 +170,8 @@ def test_a_verb_alone_runs_or_says_what_it_lacks(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    alone = functools.wraps(VERBS[verb])(lambda **given: ran.append(given))
-    monkeypatch.setitem(VERBS, verb, alone)
+    alone = functools.wraps(find(verb))(lambda *words, **given: ran.append((words, given)))
+    monkeypatch.setattr(command, "find", lambda name: alone)
     code = main([verb])
     assert (code == 0 and ran) or (code == 2 and "required" in capsys.readouterr().err)
     assert (verb == "quickstart") == (code == 0)

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from loratune.cli.draw import sample
+from loratune.cli.verbs.sample import sample
 from loratune.errors import UserError
 from loratune.families.load import load_model
 from loratune.families.model import Model
@@ -140,7 +140,7 @@ def drawn_files(out: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_the_verb_draws_a_image_whatever_is_listed_beside_it(tiny_base: Path, tmp_path: Path) -> None:
     def run(name: str, prompts: list[str], count: int, seed: int, batch_size: int = 1) -> dict[str, Any]:
         out = tmp_path / name
-        sample(str(tiny_base), [], prompts, out, 3, 4.0, "ddim", seed, count, None, batch_size, "cpu")
+        sample(str(tiny_base), [], prompts, None, out, 3, 4.0, "ddim", seed, count, None, batch_size, "cpu")
         assert (out / "grid.png").is_file()
         return drawn_files(out)
 
@@ -160,8 +160,8 @@ def test_the_verb_draws_a_image_whatever_is_listed_beside_it(tiny_base: Path, tm
 @pytest.mark.parametrize("key", ["steps", "count", "batch_size"])
 def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: str) -> None:
     values = {"steps": 1, "count": 1, "batch_size": 1} | {key: 0}
-    with pytest.raises(UserError, match=f"--{key} is 0; give 1 or more"):
-        sample(str(tiny_base), [], ["x"], tmp_path / "out", guidance_scale=1.0, sampler="ddim", seed=0, size=None,
+    with pytest.raises(UserError, match=f"--{key.replace('_', '-')} is 0; give 1 or more"):
+        sample(str(tiny_base), [], ["x"], None, tmp_path / "out", guidance_scale=1.0, sampler="ddim", seed=0, size=None,
                device="cpu", **values)  # fmt: skip
     assert not (tmp_path / "out").exists()
 

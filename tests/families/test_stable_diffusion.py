@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from loratune.cli.verbs.merge import merge
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families.conditions import join_conditions, repeat_condition
@@ -22,7 +23,6 @@ from loratune.families.sd import NewStableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoRALayer
-from loratune.lora.merge.run import merge
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]
 

@@ -1,6 +1,7 @@
 """Files are read strictly, written whole or not at all, and rewritten with nothing else touched."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,12 @@ def test_wrong_patches_leave_nothing_behind(tmp_path):
         with pytest.raises(ValueError, match="'a'"):
             rewrite(source, destination, {"a": patch})
     assert left_over(tmp_path) == ["a.safetensors"]
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (tmp_path / "pipe.safetensors", Path("/dev/zero")):
+        with pytest.raises(UserError, match=r"cannot be read \(it is a pipe or a device"):
+            read_header(path)
+    with pytest.raises(UserError, match=r"cannot be read \(it is a folder"):
+        read_header(tmp_path)

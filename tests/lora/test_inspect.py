@@ -145,7 +145,7 @@ def test_the_table_shows_all_of_it_and_runs_nothing_that_metadata_say(tmp_path, 
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\x07" not in shown
-    assert "[/bold] [red]?[2J?" in shown
+    assert "[/bold] [red]\\x1b[2J\\x07" in shown
     assert "unet.down_blocks.0: " in shown
     assert "diffusers: whole" in shown
 

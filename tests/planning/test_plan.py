@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loratune.cli.main import main
+from loratune.cli.verbs.plan import duration
 from loratune.errors import UserError
 from loratune.families.architectures import architectures
 from loratune.families.load import load_model, without_weights
@@ -17,8 +18,8 @@ from loratune.families.save import write_settings
 from loratune.lora.inject import LoRA
 from loratune.planning.calibrate import firsts, matrix_rate
 from loratune.planning.footprint import Rules, imagine, state_bytes, step, weight_bytes
-from loratune.planning.plan import duration, make_plan, parse_memory, size_text
-from loratune.recipe.parse import run as run_recipe
+from loratune.planning.plan import make_plan, parse_memory, size_text
+from loratune.recipe.run import run as run_recipe
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import Memory
 

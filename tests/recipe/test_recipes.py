@@ -10,7 +10,7 @@ import yaml
 from diffusers import AutoencoderKL
 
 from loratune.cli.main import main
-from loratune.recipe.parse import run
+from loratune.recipe.run import run
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 
@@ -68,13 +68,13 @@ def test_recipes_are_short() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("rank: 4", "rnak: 4", ":12: unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'?"),
-        ("rank: 4", "rank: big", ":12: 'model.lora.rank': big is not of type int"),
-        ("resolution: 16", "resolutoin: 16", ":18: unknown key 'data.resolutoin'; did you mean 'data.resolution'?"),
-        ("max_steps", "max_step", ":4: unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
-        ("data:\n", "dta:\n", ":16: unknown key 'dta'; did you mean 'data'?"),
-        ("lr: 1.0e-2", "lrr: 1.0e-2", ":15: unknown key 'model.optimizer.init_args.lrr' of torch.optim.AdamW"),
-        ("torch.optim.AdamW", "AdamQ", ":14: unknown class 'AdamQ'; did you mean 'Adam"),
+        ("rank: 4", "rnak: 4", ": unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'?"),
+        ("rank: 4", "rank: big", ": 'model.lora.rank': big is not of type int"),
+        ("resolution: 16", "resolutoin: 16", ": unknown key 'data.resolutoin'; did you mean 'data.resolution'?"),
+        ("max_steps", "max_step", ": unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        ("data:\n", "dta:\n", ": unknown key 'dta'; did you mean 'data'?"),
+        ("lr: 1.0e-2", "lrr: 1.0e-2", ": unknown key 'model.optimizer.init_args.lrr' of torch.optim.AdamW"),
+        ("torch.optim.AdamW", "AdamQ", ": unknown class 'AdamQ'; did you mean 'Adam"),
         ("rank: 4", "rank: 0", "lora.rank is 0; give 1 or more"),
         ("rank: 4", "dropout: 1.5", "lora.dropout is 1.5"),
         ("targets: cross-attention", "targets: 'attn7.*'", "matches no layer; there are: "),
@@ -92,7 +92,8 @@ def test_a_mistake_in_a_recipe_is_one_line(
     assert main(["fit", "-c", str(recipe)]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loratune: ")]
     assert len(told) == 1
-    assert expected in told[0]
+    line = recipe.read_text()[: recipe.read_text().index(new)].count("\n") + 1
+    assert (f":{line}{expected}" if expected.startswith(": ") else expected) in told[0]
     assert str(recipe) in told[0] or "lora.targets" in told[0]
     assert not (tmp_path / "run").exists()
 
@@ -191,3 +192,25 @@ def test_bad_input_is_one_line_before_a_weight_is_read(
     assert len(told) == 1
     assert expected in told[0]
     assert not (tmp_path / "run").exists()
+
+
+OPTIMIZERS = {
+    "in the recipe": ("optimizer: {class_path: prodigyopt.Prodigy}", []),
+    "after another": ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}", ["prodigyopt.Prodigy"]),
+}
+
+
+@pytest.mark.parametrize("way", list(OPTIMIZERS))
+def test_an_optimizer_that_is_named_has_its_own_defaults(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, words = OPTIMIZERS[way]
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model:\n  base: builtin:emoji-64\n  {text}\ndata: {{path: {tmp_path}}}\n")
+    named = [word for name in words for word in ("--model.optimizer", name)]
+    with pytest.raises(SystemExit):
+        run(["fit", "-c", str(path), *named, "--print_config"])
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]
+    assert optimizer["class_path"] == "prodigyopt.Prodigy"
+    assert optimizer["init_args"].get("lr", 1.0) == 1.0
+    assert optimizer["init_args"].get("weight_decay", 0) == 0

@@ -21,7 +21,7 @@ from loratune.lora.inject import LoRA, adapted_layers, switch
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.lora.load import load_with
 from loratune.lora.verify import verify
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.run import run as run_recipe
 from loratune.training.lora_module import LoRAModule
 
 

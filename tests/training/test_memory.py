@@ -19,7 +19,7 @@ from loratune.families.load import load_model
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import Prompts
 from loratune.lora.inject import LoRA
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
 from loratune.training.memory import Memory, Unloaded, quantize, unload_encoders

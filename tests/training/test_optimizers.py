@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loratune.cli.main import main
 from loratune.lora.inject import LoRA
-from loratune.recipe.parse import run as run_recipe
+from loratune.recipe.run import run as run_recipe
 from loratune.training import schedules
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratune.recipe.parse import run
+from loratune.recipe.run import run
 from loratune.training import precision
 from loratune.training.precision import cpu_has_bfloat16, fast_precision
 

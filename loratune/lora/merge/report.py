@@ -73,34 +73,6 @@ def _order(block: str) -> tuple[int, str]:
     return order.index(first) if first in order else len(order), block
 
 
-def show(report: Mapping[str, Any]) -> None:
-    """Print it for people."""
-    if report["blocks"]:
-        lines = [("block", "layers", "||dW||/||W||", "rounded away")]
-        for block, tally in [*report["blocks"].items(), ("all", report)]:
-            changed, unchanged = f"{tally['change']:.4f}", _share(tally["unchanged"], tally)
-            lines.append((block, str(tally["layers"]), changed, unchanged))
-        first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
-        for line in lines:
-            cells = (cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))
-            print("  ".join((line[0].ljust(first), *cells)))
-    for one in report["loras"]:
-        left = f", {len(one['unmatched'])} not in the base" if one["unmatched"] else ""
-        print(f"{one['file']}: {one['matched']} of {one['layers']} layers matched{left}")
-    if report["unmerge"]:
-        most, mean = report["differ at most"], report["differ expected"]
-        told = f"{_share(report['may differ'], report)} of the elements may differ from the original by rounding"
-        print(f"{told}: by {most:.2e} of ||W|| at most, and about {mean:.2e}")
-    count = len(report["loras"])
-    done = "taken out of" if report["unmerge"] else "changed by"
-    verb = f"{report['layers']} layers ({report['tensors']} tensors) {done} {count} LoRA{'s' if count > 1 else ''}"
-    print(f"{report['out']}: {verb}")
-
-
-def _share(part: int, tally: Mapping[str, Any]) -> str:
-    return f"{100 * part / max(1, tally['elements']):.2f} %"
-
-
 class Bar:
     """Bytes done, shown on a terminal; counted from before there is anything to show them with."""
 

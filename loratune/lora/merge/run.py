@@ -1,4 +1,4 @@
-"""`loratune merge`: LoRAs added to a checkpoint, or taken out again.
+"""LoRAs added to a checkpoint, or taken out again.
 
 numpy is loaded while the copy is under way; torch is not at all, unless a LoRA is of a kind that needs it.
 """
@@ -22,8 +22,8 @@ from loratune.families.weight_files import index_name, index_of
 from loratune.formats.atomic import atomic_folder, atomic_path
 from loratune.formats.headers import PICKLE_SUFFIXES, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
-from loratune.lora.merge.report import Bar, report_of, show
-from loratune.lora.merge.request import Request, check_blocks, mentioned, parse
+from loratune.lora.merge.report import Bar, report_of
+from loratune.lora.merge.request import Request, check_blocks, mentioned
 
 if TYPE_CHECKING:
     from loratune.lora.file import LoRAFile
@@ -37,33 +37,19 @@ TEXTS = (".json", ".txt")
 SMALL = 1 << 20  # bytes; what is less is copied at once
 
 
-def merge(
-    base: str,
-    lora: Sequence[str],
-    out: Path,
-    exact: bool = False,
-    allow_partial: bool = False,
-    in_place: bool = False,
-    unmerge: bool = False,
-    json: bool = False,
-) -> None:
-    """Write a base with LoRAs added (or subtracted) and say what that did.
+def merge(asked: Request) -> dict[str, Any]:
+    """Write a base with LoRAs added (or subtracted); returns what that did.
 
     Raises:
         UserError: nothing to add, the LoRAs do not fit, or the place cannot be written to; nothing is left there.
     """
-    if not lora:
+    if not asked.given:
         raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:WEIGHT")
-    asked = Request(Base.open(base), [parse(text) for text in lora], out, exact, allow_partial, in_place, unmerge)
     _check_out(asked)
     for one in asked.given:
         check_blocks(one, module_names(asked.base.configs))
-    converting = asked.base.single != (out.suffix == ".safetensors")
-    report = _converted(asked) if converting else _streamed(asked)
-    if json:
-        print(jsons.dumps(report, indent=2))
-    else:
-        show(report)
+    converting = asked.base.single != (asked.out.suffix == ".safetensors")
+    return _converted(asked) if converting else _streamed(asked)
 
 
 def _check_out(asked: Request) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loratune.cli.verbs.merge import merge
 from loratune.errors import UserError
 from loratune.families.base_configs import CONFIGS_KEY
 from loratune.families.load import load_model
@@ -23,7 +24,7 @@ from loratune.lora.inject import LoRA, adapted_layers, switch
 from loratune.lora.layers import LoRALayer
 from loratune.lora.load import load_with
 from loratune.lora.merge.memory import added, merge_into, parse_weighted
-from loratune.lora.merge.run import MERGES_KEY, merge
+from loratune.lora.merge.run import MERGES_KEY
 from loratune.training.lora_module import LoRAModule
 
 QUICK = settings(max_examples=60, deadline=None)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratune.cli.main import main
+from loratune.cli.verbs.merge import merge
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base_configs import CONFIGS_KEY
@@ -31,7 +32,7 @@ from loratune.formats.numbers import spacing
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.lora.merge.request import within
-from loratune.lora.merge.run import MERGES_KEY, merge
+from loratune.lora.merge.run import MERGES_KEY
 
 RANK, ALPHA = 2, 1.0
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
