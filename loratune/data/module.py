@@ -36,8 +36,7 @@ NAMED = 10
 
 
 class CaptionedImages(L.LightningDataModule):
-    """Captioned images as training batches; latents and text embeddings of a frozen VAE and text encoder are cached on
-    disk.
+    """Captioned images as training batches, their latents and text embeddings cached on disk.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder

@@ -249,11 +249,11 @@ def check_weights(module: Any, weights: Sequence[float]) -> None:
     """
     if not any(adapted_layers(part) for part in _parts(module)):
         if any(weight != 1 for weight in weights):
-            raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
+            raise UserError(f"samples.lora_scales is {list(weights)}, but there is no LoRA to weigh; leave it out")
         return
     if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
         reason = "with lora.init pissa and olora only 0 and 1 can be drawn"
-        raise UserError(f"samples.weights has {odd[0]:g}: {reason}; change either")
+        raise UserError(f"samples.lora_scales has {odd[0]:g}: {reason}; change either")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class SampleGrid(L.Callback):
         steps: inference steps of the sampler.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc; by default the first that the base's family has.
-        weights: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
+        lora_scales: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -43,13 +43,15 @@ class SampleGrid(L.Callback):
         steps: int = 20,
         guidance_scale: float = 4.0,
         sampler: str | None = None,
-        weights: tuple[float, ...] = (1.0,),
+        lora_scales: tuple[float, ...] = (1.0,),
     ) -> None:
         if every_n_steps < 0 or steps < 1:
             raise ValueError("samples: give every_n_steps of 0 or more, and steps of 1 or more")
-        if not weights or not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"samples.weights is {list(weights)}; give one number or more, such as [0, 0.5, 1]")
-        self.weights = tuple(weights)
+        if not lora_scales or not all(math.isfinite(scale) for scale in lora_scales):
+            raise ValueError(
+                f"samples.lora_scales is {list(lora_scales)}; give one number or more, such as [0, 0.5, 1]"
+            )
+        self.lora_scales = tuple(lora_scales)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
         self._sampled_at, self._first = -1, True
@@ -57,8 +59,8 @@ class SampleGrid(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse LoRA scales that cannot be applied."""
-        if self.every_n_steps and self.weights != (1.0,):
-            check_weights(pl_module, self.weights)
+        if self.every_n_steps and self.lora_scales != (1.0,):
+            check_weights(pl_module, self.lora_scales)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._maybe(trainer, pl_module)
@@ -85,8 +87,8 @@ class SampleGrid(L.Callback):
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
             batches = len(range(0, len(prompts), trainer.datamodule.batch_size))  # type: ignore[attr-defined]
-            with working(trainer, "samples", batches * self.steps * len(self.weights)) as count:
-                rows = [self._row(trainer, pl_module, model, prompts, weight, count) for weight in self.weights]
+            with working(trainer, "samples", batches * self.steps * len(self.lora_scales)) as count:
+                rows = [self._row(trainer, pl_module, model, prompts, scale, count) for scale in self.lora_scales]
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
@@ -94,7 +96,7 @@ class SampleGrid(L.Callback):
         if len(rows) == 1:
             sheet = captioned(images[0], prompts, cell=cell)
         else:
-            sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
+            sheet = grid(images, prompts, [f"LoRA scale {scale:g}" for scale in self.lora_scales], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
         if self._first:
             self._first = False
@@ -106,17 +108,17 @@ class SampleGrid(L.Callback):
         module: L.LightningModule,
         model: Model,
         prompts: Sequence[str],
-        weight: float,
+        scale: float,
         count: Callable[[], None],
     ) -> Tensor:
-        if weight == 0 and self._base is not None:
+        if scale == 0 and self._base is not None:
             return self._base
         size = trainer.datamodule.resolution  # type: ignore[attr-defined]
-        with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
+        with weighted(module, scale) if self.lora_scales != (1.0,) else nullcontext():
             most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
             starts = range(0, len(prompts), most)
             pixels = torch.cat([self._pixels(model, prompts, at, most, size, count) for at in starts])
-        if weight == 0:
+        if scale == 0:
             self._base = pixels
         return pixels
 

@@ -227,7 +227,7 @@ class StableDiffusion(LatentFamily, DDPMFamily):
         """The states of windows (M, 77, d), weighted and side by side."""
         from loratune.families.prompts import filled, join, weigh
 
-        if model.prompts.weights:
+        if model.prompts.weighting:
             states = weigh(states, read.weights)
         chunks = model.prompts.chunks
         condition = {"text": join(states, read.counts, chunks)}

@@ -109,6 +109,14 @@ class RecipeParser(LightningArgumentParser):
         """Raise what the command line prints as one line."""
         raise UserError(explain(message, self.source.entries, KeyNames(self.source.named)))
 
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """What `loratune VERB --help` prints: our sections first; Lightning's Trainer, the longest, last."""
+        self.usage = f"loratune {self.prog.split()[-1]} -c RECIPE [--KEY VALUE ...]"
+        self.description = "Each key below stands in the recipe, or as --KEY VALUE here, which overrides the recipe."
+        groups: Any = self._action_groups
+        groups.sort(key=lambda group: any("trainer" in action.dest for action in group._group_actions))
+        return super().format_help(*args, **kwargs)
+
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 

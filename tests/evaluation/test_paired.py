@@ -176,7 +176,7 @@ def test_a_weight_scales_b_a_and_zero_is_the_base(tiny_base: Path) -> None:
 
 
 def test_weights_that_cannot_be_drawn_are_refused(tiny_base: Path) -> None:
-    with pytest.raises(UserError, match=r"samples.weights has 0.5: with lora.init pissa"):
+    with pytest.raises(UserError, match=r"samples.lora_scales has 0.5: with lora.init pissa"):
         check_weights(LoRAModule(str(tiny_base), LoRA(rank=2, init="pissa")), (0, 0.5, 1))
     with pytest.raises(UserError, match="there is no LoRA to weigh"):
         check_weights(torch.nn.Linear(1, 1), (0.5,))

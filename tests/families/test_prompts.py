@@ -285,7 +285,7 @@ def test_sdxls_pooled_state_is_of_the_first_window(tiny_sdxl: Path) -> None:
 @torch.no_grad()
 def test_weights_of_one_change_nothing_and_others_the_word(family: Model) -> None:
     plain = family.encode_prompts(["a red disc", "a disc"])
-    family.prompts = Prompts(weights=True)
+    family.prompts = Prompts(weighting=True)
     ones = family.encode_prompts(["a (red:1.0) disc", "a disc"])
     assert all(torch.equal(plain[name], ones[name]) for name in plain)
     told = family.encode_prompts(["a (red:1.5) disc", "a disc"])["text"]
@@ -330,7 +330,7 @@ def test_whatever_changes_an_encoding_changes_its_place_in_the_cache(tiny_base: 
 
     changes: list[Callable[[], Any]] = [
         lambda: setattr(family, "prompts", Prompts(chunks=2)),
-        lambda: setattr(family, "prompts", Prompts(chunks=2, weights=True)),
+        lambda: setattr(family, "prompts", Prompts(chunks=2, weighting=True)),
         lambda: setattr(family.text_encoder.config, "hidden_act", "gelu"),
         lambda: setattr(family.text_encoder.config, "eos_token_id", 2),
         lambda: setattr(family.tokenizer, "pad_token", "!"),
@@ -358,11 +358,11 @@ def test_what_says_nothing_of_an_encoding_leaves_its_place(tiny_base: Path, tmp_
 def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path: Path) -> None:
     words = ["--base", str(tiny_base), "--prompt", LONG + "a (cat:2)", "--steps", "1", "--device", "cpu"]
     made = set()
-    for name, more in (("plain", []), ("weights", ["--weights"]), ("chunks", ["--chunks", "3"])):
+    for name, more in (("plain", []), ("weights", ["--prompt-weighting"]), ("chunks", ["--chunks", "3"])):
         assert main(["sample", *words, *more, "--out", str(tmp_path / name)]) == 0
         made.add(next((tmp_path / name).glob("000*.png")).read_bytes())
     assert len(made) == 2  # the weight is of a word that is cut
-    both = ["--weights", "--chunks", "3", "--out", str(tmp_path / "both")]
+    both = ["--prompt-weighting", "--chunks", "3", "--out", str(tmp_path / "both")]
     assert main(["sample", *words, *both]) == 0
     assert next((tmp_path / "both").glob("000*.png")).read_bytes() not in made
 
@@ -371,7 +371,7 @@ def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path:
     ("words", "said"),
     [
         (["--chunks", "0"], "loratune: --chunks is 0; give 1 to 16"),
-        (["--prompt", "a (cat", "--weights"], "a '(' is not closed; write \\("),
+        (["--prompt", "a (cat", "--prompt-weighting"], "a '(' is not closed; write \\("),
     ],
 )
 def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
@@ -391,7 +391,7 @@ def test_a_recipe_sets_how_captions_are_read(recipe: Path, tmp_path: Path) -> No
     words = [
         "--model.prompts.chunks",
         "2",
-        "--model.prompts.weights",
+        "--model.prompts.weighting",
         "true",
         "--data.caption_prefix",
         "(word:1.3) " * 80,

@@ -194,6 +194,17 @@ def test_bad_input_is_one_line_before_a_weight_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_help_of_fit_begins_with_the_recipes_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: loratune fit -c RECIPE [--KEY VALUE ...]\n")
+    places = [
+        text.index(f"\n  --{key} ") for key in ("model.lora.rank", "data.path", "samples.prompts", "trainer.max_steps")
+    ]
+    assert places == sorted(places)
+
+
 OPTIMIZERS = {
     "in the recipe": ("optimizer: {class_path: prodigyopt.Prodigy}", []),
     "after another": ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}", ["prodigyopt.Prodigy"]),

@@ -31,31 +31,31 @@ def sample(
     device: str = "auto",
     embedding: list[Path] = [],  # noqa: B006
     chunks: int = 1,
-    weights: bool = False,
+    prompt_weighting: bool = False,
     captions: bool = False,
 ) -> None:
-    """Draw images: a PNG for each prompt and seed, and a grid of them all.
+    """Sample images: a PNG for each prompt and seed, and a grid of them all.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        prompt: what to draw; repeat it for several images.
+        lora: a LoRA file, or FILE:SCALE; repeat it to add several.
+        prompt: what to sample; repeat it for several images.
         prompts: a text file with one prompt a line.
         out: folder for the images.
-        steps: of the sampler.
-        guidance_scale: scale of classifier-free guidance; 1 is none.
-        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc; euler alone for a flow-matching base. By default the first
-            that the base's family has.
+        steps: inference steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc; a flow-matching base has euler alone. By default the first
+            that its family has.
         seed: of the first image of each prompt; the same seed and prompt give the same image.
-        count: images for each prompt, from seed, seed + 1, and so on.
+        count: images of each prompt, from seed, seed + 1, and so on.
         size: side in pixels; by default the base's own.
         height: in pixels, where it is unlike the width.
         width: in pixels.
-        batch_size: images drawn at once; above 1 the last bits of an image may depend on it.
+        batch_size: images sampled at once; above 1 the last bits of an image may depend on it.
         device: auto, cpu, cuda, cuda:1, mps.
-        embedding: a file with a learned token (textual inversion), which prompts then may name; repeat it.
-        chunks: windows of 75 tokens that a prompt may fill.
-        weights: read (word:1.2) in prompts as a weight; brackets that are meant are then written \\( and \\).
+        embedding: a file with a learned token (textual inversion), which prompts may then use; repeat it.
+        chunks: chunks of 75 tokens that a prompt may fill.
+        prompt_weighting: read (word:1.2) in prompts as a prompt weight; write brackets that are meant as \\( and \\).
         captions: write the prompt beside each image (.txt), and no grid: a folder to train on.
     """
     for key, value in (("steps", steps), ("count", count), ("batch-size", batch_size)):
@@ -72,10 +72,10 @@ def sample(
     from loratune.lora.load import load_with
 
     try:
-        reading = Prompts(chunks, weights)
+        reading = Prompts(chunks, prompt_weighting)
     except ValueError as error:
         raise UserError(f"--{str(error).removeprefix('prompts.')}") from None
-    for text in every if weights else ():
+    for text in every if prompt_weighting else ():
         parse_weights(text)
     model = load_with(base, lora, device, embedding)
     model.prompts = reading
