@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from loratune.families.architectures import architectures, canonical_text_name, entries, module_names, original_names
+from loratune.families.architectures import architectures, entries, module_names, original_names
+from loratune.families.layout_text import canonical_text_name
 from loratune.families.layouts import Shape
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from loratune.families.architectures import canonical_text_name
+from loratune.families.architectures import canonical_module_name
 from loratune.formats.files import dtype_name
 from loratune.formats.numbers import Stored
 from loratune.lora.file import read_layers
@@ -60,7 +60,7 @@ def add(w: torch.Tensor, terms: Sequence[Term], exact: bool = False) -> None:
 def merge_into(components: Mapping[str, nn.Module], loras: Sequence[Weighted]) -> None:
     """Add LoRAs to the weights of modules, in place."""
     weights = {
-        f"{component}.{canonical_text_name(name) if component.startswith('text_encoder') else name}": part.weight
+        f"{component}.{canonical_module_name(component, module, name)}": part.weight
         for component, module in components.items()
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear | nn.Conv2d)
