@@ -52,12 +52,12 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
 
 def _check_same(old: Base, new: Base) -> None:
     if old.title != new.title:
-        told = f"is {new.title}, but {old.path} is {old.title}"
-        raise UserError(f"{new.path}: {told}; give two of the same architecture")
+        kinds = f"is {new.title}, but {old.path} is {old.title}"
+        raise UserError(f"{new.path}: {kinds}; give two of the same architecture")
     parts = [{name.partition(".")[0] for name in module_names(one.configs)} for one in (old, new)]
     if lacking := sorted(parts[0] ^ parts[1]):
-        one, other = (new, old) if lacking[0] in parts[0] else (old, new)
-        raise UserError(f"{one.path}: has no {lacking[0]}, which {other.path} has; give two with the same parts")
+        without, with_it = (new, old) if lacking[0] in parts[0] else (old, new)
+        raise UserError(f"{without.path}: has no {lacking[0]}, which {with_it.path} has; give two with the same parts")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -105,8 +105,8 @@ def _change(old: Base, new: Base, key: str) -> Tensor:
     """W - W_0 in float32."""
     shapes = [one.tensors[key].shape if key in one.tensors else None for one in (old, new)]
     if shapes[0] != shapes[1]:
-        told = f"{key} is {shapes[1]}, in {old.path} {shapes[0]}"
-        raise UserError(f"{new.path}: {told}; give two checkpoints of the same architecture")
+        sides = f"{key} is {shapes[1]}, in {old.path} {shapes[0]}"
+        raise UserError(f"{new.path}: {sides}; give two checkpoints of the same architecture")
     change = new.read(key).float() - old.read(key).float()
     if not change.isfinite().all():
         raise UserError(f"{new.path}: {key} or that of {old.path} has values that are not finite; one is damaged")
