@@ -231,3 +231,21 @@ def filled(counts: Sequence[int], chunks: int) -> Tensor:
 def firsts(counts: Sequence[int]) -> list[int]:
     """Where each caption's first window is among all."""
     return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def words_of(pieces: Sequence[str], end: str = "</w>") -> list[tuple[str, list[int]]]:
+    """Words and the numbers of their tokens, from tokens as CLIP's tokenizer writes them: a word ends in `end`.
+
+    Args:
+        pieces: tokens of a prompt, without the special ones before and after.
+        end: of a word.
+    """
+    words: list[tuple[str, list[int]]] = []
+    open_word = False
+    for number, piece in enumerate(pieces):
+        if not open_word:
+            words.append(("", []))
+        word, places = words[-1]
+        words[-1] = (word + piece.removesuffix(end), [*places, number])
+        open_word = not piece.endswith(end)
+    return words

@@ -13,7 +13,6 @@ from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.layouts import Shape
-from loratune.families.pipelines import lora_metadata
 from loratune.lora.algebra import SVD, randomized_svd
 from loratune.lora.file import LoRAFile, standard_metadata
 from loratune.lora.layers import LoRALayer
@@ -42,8 +41,9 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
             f"{tuned}: no layer that a LoRA can hold differs from {base}{others}; there is nothing to extract"
         )
     note = {"base": base, "tuned": tuned, "rank": rank, "keep": keep, "error": errors.overall, "not_held": len(other)}
-    kind = lora_metadata(old.configs)
-    metadata = standard_metadata(name=out.stem, base_model=kind["base_model"], architecture=kind["architecture"])
+    configs = old.configs
+    version, architecture = old.family.kohya_version(configs), f"{old.family.modelspec(configs)}/lora"
+    metadata = standard_metadata(name=out.stem, base_model=version, architecture=architecture)
     write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
     ranks = sorted({layer.rank for layer in layers.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -16,20 +16,16 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
 from loratune.errors import UserError
+from loratune.families.architectures import canonical_module_name
 from loratune.lora.fused import fuse
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
 from loratune.lora.whole import whole
 
 ADAPTER = "default"
-PRESETS = {
-    "cross-attention": r".*\battn2\.to_(q|k|v)",
-    "attention": r".*\battn[12]\.to_(q|k|v|out\.0)",
-    "attention+ff": r".*\b(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))",
-    "all-linear": r".*",
-    "all": r".*",
-    "none": r"(?!)",
-}
-TEXT_TARGETS = r".*\bself_attn\.(q_proj|k_proj|v_proj|out_proj)"
+PRESETS = {"all-linear": r".*", "all": r".*", "none": r"(?!)"}
+"""Targets of every family, beside its own."""
+OF_FAMILIES = ("cross-attention", "attention", "attention+ff")
+"""Names of the targets that families may have; each says which layers they are."""
 # Where peft keeps each factor of an adapter, by the field of the layer in files.
 FACTORS: dict[type[LowRank], dict[str, str]] = {
     LoRALayer: {"down": "lora_A", "up": "lora_B", "magnitude": "lora_magnitude_vector"},
@@ -88,7 +84,7 @@ class LoRA:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; give 0 or more and less than 1")
         for key in ("targets", "rank_pattern", "alpha_pattern"):
-            for pattern in [self.pattern] if key == "targets" else getattr(self, key):
+            for pattern in [self.targets] if key == "targets" else getattr(self, key):
                 _check_pattern(key, pattern)
         for key in ("text_encoder_lr", "loraplus_lr_ratio"):
             if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
@@ -106,10 +102,18 @@ class LoRA:
         if self.text_encoder_lr is not None and not self.text_encoder:
             raise ValueError("lora.text_encoder_lr is set, but lora.text_encoder is false; set it to true")
 
-    @property
-    def pattern(self) -> str:
-        """The regular expression of the targets."""
-        return PRESETS.get(self.targets, self.targets)
+    def pattern(self, targets: Mapping[str, str]) -> str:
+        """The regular expression of the targets.
+
+        Args:
+            targets: those of a family, by name.
+
+        Raises:
+            UserError: the family has none of that name.
+        """
+        if self.targets in OF_FAMILIES and self.targets not in targets:
+            raise UserError(f"lora.targets {self.targets}: this family has {', '.join([*targets, *PRESETS])}")
+        return {**PRESETS, **targets}.get(self.targets, self.targets)
 
     @property
     def linear_only(self) -> bool:
@@ -228,7 +232,7 @@ def collect(
     layers: dict[str, LowRank] = {}
     for component, module in components.items():
         for name, layer in adapted_layers(module).items():
-            full = f"{component}.{canonical(component, name)}"
+            full = f"{component}.{canonical_module_name(component, module, name)}"
             held = {key: whole(value).detach().float().cpu().clone() for key, value in factors(layer).items()}
             layers[full] = _as_file(layer, held, (start or {}).get(full))
     return layers
@@ -263,7 +267,7 @@ def put(components: Mapping[str, nn.Module], layers: Mapping[str, LowRank], path
         UserError: the file has another kind of adapter, other ranks, or layers that are not adapted here.
     """
     places = {
-        f"{component}.{canonical(component, name)}": layer
+        f"{component}.{canonical_module_name(component, module, name)}": layer
         for component, module in components.items()
         for name, layer in adapted_layers(module).items()
     }
@@ -286,13 +290,6 @@ def put(components: Mapping[str, nn.Module], layers: Mapping[str, LowRank], path
         places[name].scaling[ADAPTER] = layer.scale
 
 
-def canonical(component: str, name: str) -> str:
-    """A module's name as files have it: transformers 5 dropped the text_model level that they keep."""
-    if component.startswith("text_encoder") and not name.startswith("text_model."):
-        return f"text_model.{name}"
-    return name
-
-
 def switch(components: Iterable[nn.Module], weight: float | None) -> None:
     """Scale all adapters: 0 is the base alone, 1 as trained, None leaves them."""
     for module in components:
@@ -301,11 +298,19 @@ def switch(components: Iterable[nn.Module], weight: float | None) -> None:
                 layer.set_scale(ADAPTER, weight)
 
 
-def parameter_groups(components: Mapping[str, nn.Module], lora: LoRA) -> list[dict[str, Any]]:
-    """The adapters' parameters by learning rate: a group's own `lr`, where it has one, and its `factor`."""
+def parameter_groups(
+    components: Mapping[str, nn.Module], lora: LoRA, text: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The adapters' parameters by learning rate: a group's own `lr`, where it has one, and its `factor`.
+
+    Args:
+        components: modules by component.
+        lora: says the learning rates.
+        text: components that are text encoders.
+    """
     groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, module in components.items():
-        lr = lora.text_encoder_lr if name.startswith("text_encoder") else None
+        lr = lora.text_encoder_lr if name in text else None
         for key, parameter in module.named_parameters():
             if parameter.requires_grad and is_adapter(key):
                 factor = lora.loraplus_lr_ratio if ".lora_B." in f".{key}" else 1.0

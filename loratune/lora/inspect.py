@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
-from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind, title
+from loratune.families.architectures import architectures, describe_unsupported, detect
 from loratune.families.base import Base
-from loratune.families.base_configs import CONFIGS_KEY, is_inpainting, stated_schedule
+from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.known import family_of
 from loratune.formats.headers import Header, read_header
 from loratune.lora.fits import fitting, layer_names
 from loratune.lora.names import DOWN, detect_format
@@ -66,10 +67,11 @@ def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
     found: dict[str, Any] = {"file": str(file)}
     if name:
         configs = architectures()[name]
-        found |= {"kind": "checkpoint", "family": title(configs), "architecture": name}
-        found["variant"] = "inpainting" if is_inpainting(configs) else "text to image"
-        found["prediction"] = stated_schedule(header).get("prediction_type", "not told by the file")
-        found["layout"] = f"single file ({layout_kind(configs)})"
+        family = family_of(configs)
+        found |= {"kind": "checkpoint", "family": family.title_of(configs), "architecture": name}
+        found["variant"] = family.variant(configs)
+        found["prediction"] = family.stated(header).get("prediction_type", "not told by the file")
+        found["layout"] = f"single file ({family.name})"
     elif own:
         found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
     else:
@@ -93,7 +95,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "file": str(folder),
         "kind": "checkpoint",
         "family": base.title,
-        "variant": "inpainting" if base.inpainting else "text to image",
+        "variant": base.variant,
         "prediction": configs["scheduler"].get("prediction_type", "not told by the folder"),
         "layout": f"diffusers folder ({configs['model_index']['_class_name']})",
         "size": f"{sum(header.size for some in headers.values() for header in some):,} bytes",

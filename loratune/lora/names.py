@@ -8,7 +8,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
-from loratune.families.architectures import architectures, canonical_text_name, entries, module_names, original_names
+from loratune.families.architectures import architectures, entries, module_names, original_names
+from loratune.families.layout_text import canonical_text_name
 from loratune.families.layouts import Shape
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -95,9 +95,9 @@ def _named_classes() -> tuple[type[Any], ...]:
     import lightning as L
     import torch
 
-    from loratune.families.family import Family
+    from loratune.families.family import Architecture
 
-    return torch.optim.Optimizer, L.Callback, L.LightningModule, Family
+    return torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture
 
 
 def _below(base: type[Any]) -> Iterator[type[Any]]:

@@ -22,7 +22,7 @@ from loratune.evaluation.evaluate import Evaluate
 from loratune.evaluation.samples import SampleGrid
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import Prompts
-from loratune.families.sd import NewStableDiffusion, StableDiffusion
+from loratune.families.sd import NewStableDiffusion
 from loratune.formats.atomic import atomic_path
 from loratune.lora.tokens import NewToken
 from loratune.recipe.code import importing
@@ -55,7 +55,6 @@ SHORT_NAMES = (
     LoRAModule,
     NewStableDiffusion,
     PixelDDPM,
-    StableDiffusion,
 )
 """Imported so that recipes can name them without their modules."""
 

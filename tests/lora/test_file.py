@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loratune.errors import UserError
-from loratune.families.architectures import architectures, canonical_text_name, module_names
+from loratune.families.architectures import architectures, module_names
+from loratune.families.layout_text import canonical_text_name
 from loratune.formats.files import read_header, read_tensors
 from loratune.lora.file import LoRAFile, detect_format, read_lora, standard_metadata, write_lora
 from loratune.lora.layers import LoRALayer

@@ -186,7 +186,7 @@ def test_bad_input_is_one_line_before_a_weight_is_read(
 ) -> None:
     import loratune.training.diffusion_module as module
 
-    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a weight was read"))
     assert main(["fit", "-c", str(recipe), *words.split()]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loratune: ")]
     assert len(told) == 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loratune.families.architectures import canonical_text_name
+from loratune.families.architectures import canonical_module_name
 from loratune.lora.file import read_lora
 from loratune.lora.layers import LowRank
 from loratune.lora.merge.match import Weighted, terms_by_layer
@@ -80,7 +80,7 @@ def computed_in(dtype: torch.dtype, exact: bool) -> torch.dtype:
 def merge_into(components: Mapping[str, nn.Module], loras: Sequence[Weighted[LowRank]]) -> None:
     """Add LoRAs to the weights of modules, in place."""
     weights = {
-        f"{component}.{canonical_text_name(name) if component.startswith('text_encoder') else name}": part.weight
+        f"{component}.{canonical_module_name(component, module, name)}": part.weight
         for component, module in components.items()
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear | nn.Conv2d)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from loratune.errors import UserError
 from loratune.families.architectures import module_names, original_names
 from loratune.families.base import Base
-from loratune.families.base_configs import WEIGHTS
 from loratune.families.slots import Slot
 from loratune.families.weight_files import index_name, index_of
 from loratune.formats.atomic import atomic_folder, atomic_path
@@ -257,7 +256,7 @@ def _converted(asked: Request) -> dict[str, Any]:
     flat = {
         f"{part}.{key.removesuffix('.weight')}": (part, key)
         for part in weights
-        if part != "vae"
+        if asked.base.family.part(part).adaptable
         for key in weights[part]
         if key.endswith(".weight")
     }
@@ -284,6 +283,6 @@ def _converted(asked: Request) -> dict[str, Any]:
                 changed = any(name.startswith(f"{part}.") for name in found.terms)
                 metadata = {"format": "pt", **(note if changed else {})}
                 (temporary / part).mkdir()
-                write_safetensors(temporary / part / WEIGHTS[part], weights[part], metadata)
+                write_safetensors(temporary / part / asked.base.family.part(part).file, weights[part], metadata)
             write_settings(temporary, configs)
     return report_of(asked, loras, found, tallies, len(tallies))

@@ -260,12 +260,13 @@ def folder_base(base_of: Callable[..., Base], tmp_path: Path) -> tuple[Base, Pat
 
 
 def folder_parts(base: Base, folder: Path) -> dict[str, dict[str, Tensor]]:
+    from loratune.families.known import parts
     from loratune.families.single_file import canonical_keys
 
     found = {}
     for part in base.weights:
         files = sorted((folder / part).glob("*.safetensors"))
-        found[part] = canonical_keys(part, {k: v for file in files for k, v in load_file(file).items()})
+        found[part] = canonical_keys(parts()[part], {k: v for file in files for k, v in load_file(file).items()})
     return found
 
 
