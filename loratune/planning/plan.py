@@ -181,7 +181,7 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
     collection, sizes = data.collection, set()
     for number in range(0, len(collection), max(1, len(collection) // LOOKED_AT)):
         source, row = collection.at(number)
-        with suppress(OSError):  # an unreadable image is told of when the run begins
+        with suppress(OSError):  # an unreadable image is reported when the run begins
             sizes.add(collection.entry(source, row, collection.sources[source][row]).bucket[::-1])
     return sorted(sizes)
 
@@ -256,7 +256,7 @@ def parse_memory(text: str) -> int:
 
 
 def changes(cli: RecipeCLI) -> Iterator[tuple[str, list[str]]]:
-    """What would take less memory, the least harmful first: the key as told, and the words that set it."""
+    """What would take less memory, the least harmful first: the key as shown, and the words that set it."""
     module: Any = cli.model
     memory, data = module.memory, cli.datamodule
     lora: Any = getattr(module, "lora", None)

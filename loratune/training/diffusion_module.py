@@ -109,7 +109,7 @@ class DiffusionModule(L.LightningModule):
         return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, rank)
 
     def _condition(self, batch: dict[str, Any], dropped: Tensor | None) -> Condition:
-        """What the network is told; without a caption where `dropped` (B,) says so."""
+        """The network's conditioning; of the empty caption where `dropped` (B,) is true."""
         if not self.text_is_frozen or "condition" not in batch:
             if dropped is None:
                 return self.model.encode_prompts(batch["caption"])

@@ -1,4 +1,4 @@
-"""How the frozen base is held, and what is traded between memory and time."""
+"""Options that save memory or time: how the frozen base is stored, and how passes through it run."""
 
 from __future__ import annotations
 
