@@ -80,15 +80,15 @@ def _help_of(verb: Verb, name: str) -> str:
 
 def _words(verb: Verb, words: Sequence[str]) -> list[str]:
     """The words as jsonargparse takes them: `--in-place` is `--in_place=true`, and `--lora` adds to a list."""
-    given = []
+    typed = []
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
         kind = str(verb.__annotations__.get(key)) if flag.startswith("--") else "None"
         if kind == "None":
-            given.append(word)
+            typed.append(word)
         elif kind == "bool" and not equals and after not in ("true", "false"):
-            given.append(f"--{key}=true")
+            typed.append(f"--{key}=true")
         else:
-            given.append(f"--{key}{'+' if kind.startswith('list[') else ''}{equals}{value}")
-    return given
+            typed.append(f"--{key}{'+' if kind.startswith('list[') else ''}{equals}{value}")
+    return typed

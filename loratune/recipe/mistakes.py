@@ -41,17 +41,18 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
         recipes: the keys of the files that were parsed.
         known: dotted names of all keys.
     """
-    if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
-        return found[1]  # told already by a parser within
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return _unknown(found[1], recipes, known)
-    if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
-        return _unknown(found[1], recipes, known)
-    if found := re.search(r"Option '([^']+)' is not accepted", message):
-        return _unknown_in_class(found[1], recipes)
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        place, names = _place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
-        return f"{place}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
+    if match := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
+        return match[1]  # explained already by an inner parser
+    if match := re.search(r"does not accept option '([^']+)'", message):
+        return _unknown(match[1], recipes, known)
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return _unknown(match[1], recipes, known)
+    if match := re.search(r"Option '([^']+)' is not accepted", message):
+        return _unknown_in_class(match[1], recipes)
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        place = _place(match[1], recipes)
+        names = [candidate.__name__ for base in _named_classes() for candidate in _below(base)]
+        return f"{place}unknown class {match[1]!r}{_did_you_mean(match[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
     if not keys:
@@ -81,12 +82,12 @@ def _unknown_in_class(key: str, recipes: Sequence[Entry]) -> str:
 def _parameters(name: str) -> list[str]:
     module, _, attribute = name.rpartition(".")
     try:
-        found: Any = getattr(import_module(module), attribute) if module else None
+        named: Any = getattr(import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
-        found = None
-    for base in _named_classes() if found is None else ():
-        found = next((one for one in _below(base) if one.__name__ == attribute), found)
-    return list(inspect.signature(found).parameters) if found else []
+        named = None
+    for base in _named_classes() if named is None else ():
+        named = next((candidate for candidate in _below(base) if candidate.__name__ == attribute), named)
+    return list(inspect.signature(named).parameters) if named else []
 
 
 def _named_classes() -> tuple[type[Any], ...]:
@@ -94,20 +95,20 @@ def _named_classes() -> tuple[type[Any], ...]:
     import lightning as L
     import torch
 
-    from loratune.families.family import Family
+    from loratune.families.family import Architecture
 
-    return torch.optim.Optimizer, L.Callback, L.LightningModule, Family
+    return torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture
 
 
 def _below(base: type[Any]) -> Iterator[type[Any]]:
-    for one in base.__subclasses__():
-        yield one
-        yield from _below(one)
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
 
 
 def _did_you_mean(word: str, names: Iterable[str]) -> str:
-    found = get_close_matches(word, list(names), 1, 0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    close = get_close_matches(word, list(names), 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _place(key: str, entries: Sequence[Entry]) -> str:
