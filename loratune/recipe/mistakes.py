@@ -33,6 +33,15 @@ def entries_of(recipes: Sequence[Path]) -> list[Entry]:
     ]
 
 
+def foreign(name: str) -> str:
+    """What is said of code that a recipe may not name."""
+    remedy = "give --allow-code if you trust this recipe"
+    return f"{name!r} is code from outside the classes that recipes may name; {remedy}"
+
+
+FOREIGN = re.compile(r"(?:\S+:\d+: )?'[^']+' is code from .+? if you trust this recipe")
+
+
 def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     """jsonargparse's message as one line.
 
@@ -43,6 +52,10 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
     """
     if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
         return found[1]  # told already by a parser within
+    if found := FOREIGN.search(" ".join(message.split())):
+        return found[0]  # likewise
+    if found := re.search(r"Importing '([^']+)' is not allowed", message):
+        return f"{place(found[1], recipes)}{foreign(found[1])}"
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], recipes, known)
     if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
@@ -50,14 +63,14 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown_in_class(found[1], recipes)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        place, names = _place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
-        return f"{place}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
+        line, names = place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
+        return f"{line}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
     if not keys:
         return " ".join(message.split())
     rest = re.sub(r"Expected an? <class '(?:\w+\.)*(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", rest)
-    return f"{_place('.'.join(keys), recipes)}'{'.'.join(keys)}': {rest}"
+    return f"{place('.'.join(keys), recipes)}'{'.'.join(keys)}': {rest}"
 
 
 def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
@@ -65,7 +78,7 @@ def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     section = key.split(".")[0]
     if section not in {name.split(".")[0] for name in known}:
         key, known = section, sorted({name.split(".")[0] for name in known})
-    return f"{_place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
+    return f"{place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
 
 
 def _unknown_in_class(key: str, recipes: Sequence[Entry]) -> str:
@@ -110,10 +123,10 @@ def _did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
-def _place(key: str, entries: Sequence[Entry]) -> str:
+def place(key: str, entries: Sequence[Entry]) -> str:
     """`FILE:LINE: ` of a dotted key, or of a value; empty where it is in no file (but on the command line)."""
     for entry in entries:
-        if key in (entry.key, entry.value):
+        if key in (entry.key, entry.key.replace("model.init_args.", "model."), entry.value):
             return f"{entry.path}:{entry.line}: "
     parent = key.rpartition(".")[0]
-    return _place(parent, entries) if parent else ""
+    return place(parent, entries) if parent else ""

@@ -51,10 +51,6 @@ class DiffusionModule(L.LightningModule):
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if trainable:
-            memory.check_full()
-        if isinstance(base, str):
-            objective.check_named(base)
         self.base_name = base if isinstance(base, str) else type(base).__name__
         self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
         self.memory = memory

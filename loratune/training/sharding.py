@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import lightning as L
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -12,8 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-
-from loratune.errors import UserError
 
 NAME = "fsdp2"
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
@@ -58,29 +53,3 @@ def shard(part: nn.Module, mesh: DeviceMesh) -> None:
             fully_shard(block, mesh=mesh)
     # By default what is in no block stays whole after a forward pass, and is then no longer what the optimizer holds.
     fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-def check_strategy(strategy: Any, model: Callable[[str], Any]) -> None:
-    """See that a strategy can do what a recipe asks of it.
-
-    Args:
-        strategy: trainer.strategy, as the recipe has it.
-        model: gives the value of a key below `model`, or None.
-
-    Raises:
-        UserError: it cannot; the message names the key.
-    """
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != NAME:
-        raise UserError(f"trainer.strategy is {strategy}, an older form that is not built for here; set {NAME}")
-    if strategy != NAME:
-        return
-    refused = {
-        "model.tokens": model("tokens") is not None,
-        "model.lora.init": model("lora.init") in ("pissa", "olora"),
-        "model.memory.quantization": model("memory.quantization") is not None,
-        "model.memory.compile": bool(model("memory.compile")),
-        "model.class_path": model("lora") is None,
-    }
-    for key, refuse in refused.items():
-        if refuse:
-            raise UserError(f"trainer.strategy is {NAME}, which is not with {key} as given; change that, or set ddp")
