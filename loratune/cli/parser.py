@@ -13,6 +13,9 @@ from typing import Any
 
 from loratune.errors import UserError
 
+ALLOW_CODE = "--allow-code"
+"""Lets a recipe name code of any module; without it only classes of the libraries that are known."""
+
 Verb = Callable[..., int | None]
 
 
@@ -61,13 +64,13 @@ def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
 
 
 def overridden(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without those that override a recipe's keys, such as --data.resolution 512, and these."""
+    """Words without those for the recipe's parser (keys such as --data.resolution 512, --allow-code), and these."""
     rest: list[str] = []
     keys: list[str] = []
     pending = False
     for word in words:
         key = word.startswith("--") and ("." in word.partition("=")[0] or word.startswith("--seed_everything"))
-        (keys if key or pending else rest).append(word)
+        (keys if key or pending or word == ALLOW_CODE else rest).append(word)
         pending = key and "=" not in word
     return rest, keys
 

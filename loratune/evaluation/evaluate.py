@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -18,11 +19,11 @@ from loratune.evaluation.paired import (
     Evaluation,
     Outputs,
     base_alone,
-    drawn_chunks,
     drift,
     evaluating,
     fixed_chunks,
     gap,
+    neutral_chunks,
     outputs,
     rise,
 )
@@ -33,29 +34,29 @@ from loratune.evaluation.run_page import write_page
 from loratune.families.family import Family
 from loratune.lora.norms import norms_by_block
 from loratune.runs.loggers import log_numbers, log_warning
+from loratune.runs.progress import run_length, working
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
-from loratune.training.ranges import add, means, range_names
 from loratune.training.sharding import draws
 
 log = logging.getLogger(__name__)
 NEUTRAL = ("a dog", "a red car", "a house", "a person", "a bowl of fruit", "a mountain")
 HELD_OUT, TRAINING, PROMPTS = "held_out", "training", "neutral"
-MONITORED = (f"{HELD_OUT}/", f"{TRAINING}/", f"{PROMPTS}/", "drift")
+MONITORED = (f"{HELD_OUT}/", f"{TRAINING}/", "drift")
 
 
 class Evaluate(L.Callback):
     """Compare the adapted network with its base on the same images, timesteps and noise, and write the run's report.
 
-    At validations held_out/gap, training/gap and neutral/gap are logged (below 0 the adapted network is better), each
-    with its standard error gap_se, and drift: how far its output has moved from the base's on neutral prompts. A
+    At validations held_out/gap and training/gap are logged (below 0 the adapted network is better), each with its
+    standard error gap_se, and drift: how far its output has moved from the base's on neutral prompts. A
     checkpoint.monitor or EarlyStopping may name them. Training itself is the same with and without.
 
     Args:
         every_n_steps: steps between comparisons, each made at the next validation, and one at the end; 0 turns them
             off. Where a checkpoint or early stopping monitors one of these metrics, every validation compares.
         images: number of held-out images, and as many training images; the same ones each time.
-        prompts: neutral prompts, without the style; drift is measured on the base's own samples of them. None
+        prompts: neutral prompts, without the style; drift is measured on noisy training images under them. None
             measures no drift.
         levels: number of timesteps, evenly spaced, at which each image is compared; and number of ranges of
             timesteps over which the training loss is averaged.
@@ -101,7 +102,7 @@ class Evaluate(L.Callback):
         self._steps = len(pl_module.family.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
             self._sets = self._choose(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
-            self._base = self._outputs(pl_module)
+            self._base = self._outputs(trainer, pl_module)
         if trainer.global_step == 0 and self._sets:
             # At B = 0 both are the same, exactly.
             anew = pl_module.lora.init_from is None
@@ -113,7 +114,7 @@ class Evaluate(L.Callback):
         step, stepped = trainer.global_step, trainer.global_step != self._step
         self._step = step
         # Without a validation there is nothing to wait for.
-        if self._base and stepped and not _validates(trainer) and self._due(trainer) and step < trainer.max_steps:
+        if self._base and stepped and not _validates(trainer) and self._due(trainer) and step != run_length(trainer):
             log_numbers(trainer, self._compare(trainer, pl_module), step)
             self._write(trainer)
 
@@ -127,15 +128,15 @@ class Evaluate(L.Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last comparison, and the figures; the LoRA is on disk, and whatever fails here is lost alone."""
         if self._base and self._at != trainer.global_step:
             log_numbers(trainer, self._compare(trainer, pl_module), trainer.global_step)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The figures and the page, when all else is done."""
         family = getattr(pl_module, "family", None)
         unloaded = getattr(getattr(pl_module, "memory", None), "unload_encoders", False)
         if self.figures and isinstance(family, Family) and not unloaded and draws(trainer):
             draw_figures(trainer, pl_module, family, self.seed)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -146,26 +147,28 @@ class Evaluate(L.Callback):
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
             if len(rows) and self.images:
                 sets[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
-        if self.prompts:
-            sets[PROMPTS] = drawn_chunks(module, self.prompts, data.resolution, self.seed, data.batch_size)
+        if self.prompts and len(_own(data)):
+            sets[PROMPTS] = neutral_chunks(module, _own(data), self.prompts, data.batch_size)
         return sets
 
-    def _outputs(self, module: LoRAModule) -> dict[str, Outputs]:
-        return {
-            name: outputs(module, chunks, name, self.levels, self.seed, keep=name == PROMPTS)
-            for name, chunks in self._sets.items()
-        }
+    def _outputs(self, trainer: L.Trainer, module: LoRAModule) -> dict[str, Outputs]:
+        passes = self.levels * sum(map(len, self._sets.values()))
+        with working(trainer, "comparing with the base", passes) as count:
+            return {
+                name: outputs(module, chunks, name, self.levels, self.seed, name == PROMPTS, count)
+                for name, chunks in self._sets.items()
+            }
 
     def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         with evaluating(trainer, module):
-            adapted = self._outputs(module)
+            adapted = self._outputs(trainer, module)
             norms = norms_by_block(module.layers())
         self._at = trainer.global_step
         self._watch(trainer, {name: outputs.losses for name, outputs in adapted.items() if name != PROMPTS})
         return self._found(self._at, adapted).metrics() | {f"norm/{block}": norm for block, norm in norms.items()}
 
     def _found(self, step: int, adapted: Mapping[str, Outputs]) -> Evaluation:
-        gaps = {name: gap(adapted[name].losses, self._base[name].losses) for name in adapted}
+        gaps = {name: gap(adapted[name].losses, self._base[name].losses) for name in adapted if name != PROMPTS}
         moved = drift(adapted[PROMPTS].outputs, self._base[PROMPTS].outputs) if PROMPTS in adapted else float("nan")
         parts: dict[int, float] = {}
         if HELD_OUT in adapted:
@@ -201,13 +204,13 @@ class Evaluate(L.Callback):
         if self._sums is None:
             self._sums = torch.zeros(2, self.levels, device=losses.device)
         steps = len(module.family.noise_schedule)
-        self._sums = add(self._sums.to(losses.device), t, losses, steps)
+        self._sums = add_losses(self._sums.to(losses.device), t, losses, steps)
         done = trainer.global_step
         if done == self._step or done % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
-        ranges = zip(range_names(steps, self.levels), means(every), strict=True)
+        ranges = zip(range_names(steps, self.levels), mean_losses(every), strict=True)
         # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
         log_numbers(trainer, {f"train/loss_{name}": mean for name, mean in ranges if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
@@ -239,3 +242,31 @@ def _is_awaited(trainer: L.Trainer) -> bool:
     """Whether a checkpoint or early stopping decides by what is logged here."""
     named = (getattr(callback, "monitor", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return any(isinstance(name, str) and name.startswith(MONITORED) for name in named)
+
+
+def range_names(steps: int, parts: int) -> list[str]:
+    """Equal ranges of the steps 0..T-1 by their first and last, such as t0-249."""
+    edges = [steps * part // parts for part in range(parts + 1)]
+    return [f"t{first}-{after - 1}" for first, after in pairwise(edges)]
+
+
+def add_losses(sums: Tensor, t: Tensor, losses: Tensor, steps: int) -> Tensor:
+    """Sums of losses and their counts (2, parts), with those of a batch added; nothing waits for the device.
+
+    Args:
+        sums: so far.
+        t: steps (B,) of 0..steps-1.
+        losses: (B,).
+        steps: T.
+    """
+    parts = sums.shape[1]
+    # T p // P <= t where p P^-1 T < t + 1: the inverse of how `range_names` rounds.
+    index = ((t.long() + 1) * parts - 1).div(steps, rounding_mode="floor").clamp(0, parts - 1)
+    both = torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)])
+    return sums.index_add(1, index, both)
+
+
+def mean_losses(sums: Tensor) -> list[float]:
+    """Mean loss of each part; nan where there was none."""
+    total, count = sums.tolist()
+    return [one / number if number else float("nan") for one, number in zip(total, count, strict=True)]

@@ -40,14 +40,15 @@ def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> 
 
 
 def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:
-    """Draw and save them; a device without the memory for it loses them, and not the run."""
+    """Draw and save them; whatever fails at it, such as a device without the memory, loses them and not the run."""
     try:
         with evaluating(trainer, module):
             images = figures(family, getattr(trainer, "datamodule", None), seed)
             for name, image in images.items() if trainer.is_global_zero else ():
                 save_figure(trainer, image, name, f"figures/{name}")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        log.warning("figures: not drawn (%s); set evaluation.figures: false", str(error).partition("\n")[0])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.warning("figures: not drawn (%s); set evaluation.figures: false", reason)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,15 +18,12 @@ from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.errors import UserError
 from loratune.families.family import Family
-from loratune.families.sampling import sample_latents
 from loratune.formats.images import normalise
 from loratune.lora.inject import adapted_layers, canonical, factors
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
 from loratune.training.randomness import generator
-
-DRAW_STEPS, GUIDANCE = 10, 4.0  # of the images of neutral prompts
 
 
 class Chunk(NamedTuple):
@@ -131,27 +128,39 @@ def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
     return kept | {name: value.cpu() for name, value in encoded.items()}
 
 
-def drawn_chunks(module: DiffusionModule, prompts: Sequence[str], side: int, seed: int, size: int) -> list[Chunk]:
-    """Images that the base itself draws for prompts, as chunks; the adapter has to be off."""
-    family, chunks = module.family, []
-    for start in range(0, len(prompts), size):
-        part = list(prompts[start : start + size])
-        numbers = list(range(start, start + len(part)))
-        x_0 = sample_latents(family, part, [seed + i for i in numbers], side, side, DRAW_STEPS, GUIDANCE)
-        batch: dict[str, Any] = {"name": part, "caption": part}
+def neutral_chunks(module: DiffusionModule, rows: Any, prompts: Sequence[str], size: int) -> list[Chunk]:
+    """The first of a data set's images under prompts that are not theirs, as chunks; no image is sampled for it.
+
+    Args:
+        module: whose text encoders read the prompts.
+        rows: samples by their index; where they are fewer than the prompts, the last prompts are left out.
+        prompts: one for each image.
+        size: of a chunk.
+    """
+    chunks = []
+    for chunk in fixed_chunks(module.family, rows, len(prompts), size):
+        texts = [prompts[number] for number in chunk.numbers]
+        batch = {**chunk.batch, "name": texts, "caption": texts}
         if module.text_is_frozen:
-            batch["condition"] = {name: value.cpu() for name, value in family.encode_prompts(part).items()}
-        chunks.append(Chunk(numbers, x_0.cpu(), batch))
+            batch["condition"] = {name: value.cpu() for name, value in module.family.encode_prompts(texts).items()}
+        chunks.append(chunk._replace(batch=batch))
     return chunks
 
 
 @torch.no_grad()
 def outputs(
-    module: DiffusionModule, chunks: Sequence[Chunk], name: str, count: int, seed: int, keep: bool = False
+    module: DiffusionModule,
+    chunks: Sequence[Chunk],
+    name: str,
+    count: int,
+    seed: int,
+    keep: bool = False,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Outputs:
     """What the network, as it stands, makes of images at `count` fixed steps and fixed noise.
 
     The noise follows from the set's name, the image's number, the step's and the seed: no generator is moved.
+    `on_pass` is called after each pass through the network, of which there are `count` for a chunk.
     """
     family, device = module.family, module.device
     losses = torch.zeros(sum(len(chunk.numbers) for chunk in chunks), count, dtype=torch.float64)
@@ -168,6 +177,7 @@ def outputs(
             output = family.denoise(diffuse(x_0, noise, a, b), family.noise_schedule.time(t), condition)
             error = weighted_error(output, target(family.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
             losses[chunk.numbers, part] = error.double().cpu()
+            on_pass()
             if keep:
                 kept.append(output.float().cpu())
     return Outputs(losses, kept)

@@ -15,11 +15,10 @@ from loratune.evaluation.figures import FOLDER
 from loratune.evaluation.page import Card, Page, Shown, render
 from loratune.evaluation.strips import FIGURES
 from loratune.formats.atomic import atomic_path, tolerated
-from loratune.runs.folder import RECIPE
+from loratune.runs.folder import RECIPE, REPORT
 from loratune.runs.history import FILE, Curves, curves, notes, read
 
-REPORT = "report.html"
-SETS = {"held_out": "held-out images", "training": "training images", "neutral": "neutral prompts"}
+SETS = {"held_out": "held-out images", "training": "training images"}
 MOST_GRIDS = 4
 NOISY = 12  # points, from which on a line is smoothed
 

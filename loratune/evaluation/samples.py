@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from loratune.families.family import Family
 from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
 from loratune.runs.loggers import log_text
+from loratune.runs.progress import working
 from loratune.training.sharding import draws
 
 
@@ -51,7 +52,7 @@ class SampleGrid(L.Callback):
         self.weights = tuple(weights)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
-        self._sampled_at = -1
+        self._sampled_at, self._first = -1, True
         self._base: Tensor | None = None  # the base's samples, which do not change
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,10 +79,14 @@ class SampleGrid(L.Callback):
         step = trainer.global_step
         if not isinstance(family, Family) or not draws(trainer) or step == self._sampled_at:
             return
+        if step == 0 and not self.prompts:  # before the first step only what the recipe itself asks for
+            return
         self._sampled_at = step
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
-            rows = [self._row(trainer, pl_module, family, prompts, weight) for weight in self.weights]
+            batches = len(range(0, len(prompts), trainer.datamodule.batch_size))  # type: ignore[attr-defined]
+            with working(trainer, "samples", batches * self.steps * len(self.weights)) as count:
+                rows = [self._row(trainer, pl_module, family, prompts, weight, count) for weight in self.weights]
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
@@ -91,27 +96,38 @@ class SampleGrid(L.Callback):
         else:
             sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
-        if step == 0:
+        if self._first:
+            self._first = False
             log_text(trainer, "samples/prompts", "\n\n".join(prompts))
 
     def _row(
-        self, trainer: L.Trainer, module: L.LightningModule, family: Family, prompts: Sequence[str], weight: float
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        family: Family,
+        prompts: Sequence[str],
+        weight: float,
+        count: Callable[[], None],
     ) -> Tensor:
         if weight == 0 and self._base is not None:
             return self._base
         size = trainer.datamodule.resolution  # type: ignore[attr-defined]
         with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
             most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-            pixels = torch.cat([self._pixels(family, prompts, at, most, size) for at in range(0, len(prompts), most)])
+            starts = range(0, len(prompts), most)
+            pixels = torch.cat([self._pixels(family, prompts, at, most, size, count) for at in starts])
         if weight == 0:
             self._base = pixels
         return pixels
 
-    def _pixels(self, family: Family, prompts: Sequence[str], start: int, count: int, size: int) -> Tensor:
+    def _pixels(
+        self, family: Family, prompts: Sequence[str], start: int, most: int, size: int, count: Callable[[], None]
+    ) -> Tensor:
         """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
-        some = prompts[start : start + count]
+        some = prompts[start : start + most]
         seeds = [self.seed + start + i for i in range(len(some))]
-        return sample_images(family, some, seeds, size, size, self.steps, self.guidance_scale, self.sampler).cpu()
+        settings = (size, size, self.steps, self.guidance_scale, self.sampler)
+        return sample_images(family, some, seeds, *settings, on_step=lambda *_: count()).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

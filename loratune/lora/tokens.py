@@ -30,34 +30,36 @@ SPECIAL = set("()[]:,\\|")
 
 @dataclass(frozen=True)
 class NewToken:
-    """A word that the base does not have, learned from images whose captions have it.
+    """A new token, learned from images whose captions have it (textual inversion, Gal 2022).
 
     Args:
-        token: the word, such as "<sks>", without spaces.
-        vectors: how many rows of the text encoder's embedding it stands for; the next are named <sks>_1, <sks>_2.
-        initializer: words whose rows it starts from, in turn, such as "cat"; none draws rows like the base's.
+        placeholder_token: the new word in prompts and captions, such as "<sks>", without spaces.
+        num_vectors: number of embeddings it stands for; the further ones are named <sks>_1, <sks>_2.
+        initializer_token: word or words whose embeddings it starts from, in turn, such as "cat"; none draws embeddings
+            like the base's.
         lr: its learning rate; none takes the optimizer's.
     """
 
-    token: str
-    vectors: int = 1
-    initializer: str | None = None
+    placeholder_token: str
+    num_vectors: int = 1
+    initializer_token: str | None = None
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.token or any(one.isspace() or one in SPECIAL for one in self.token):
-            raise ValueError(
-                f"tokens.token is {self.token!r}; give one word without spaces and without ( ) [ ] : , \\ |"
-            )
-        if not 1 <= self.vectors <= WINDOW:
-            raise ValueError(f"tokens.vectors is {self.vectors}; give 1 to {WINDOW}, as many as a window holds")
+        word = self.placeholder_token
+        if not word or any(character.isspace() or character in SPECIAL for character in word):
+            remedy = "give one word without spaces and without ( ) [ ] : , \\ |"
+            raise ValueError(f"tokens.placeholder_token is {word!r}; {remedy}")
+        if not 1 <= self.num_vectors <= WINDOW:
+            raise ValueError(f"tokens.num_vectors is {self.num_vectors}; give 1 to {WINDOW}, as many as a window holds")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"tokens.lr is {self.lr}; give a number above 0, or null for the optimizer's")
 
     @property
     def names(self) -> list[str]:
         """A name for each vector."""
-        return [self.token, *(f"{self.token}_{index}" for index in range(1, self.vectors))]
+        more = (f"{self.placeholder_token}_{index}" for index in range(1, self.num_vectors))
+        return [self.placeholder_token, *more]
 
 
 def check_new(new: NewToken, tokenizer: Any) -> None:
@@ -67,21 +69,26 @@ def check_new(new: NewToken, tokenizer: Any) -> None:
         ValueError: it has it, or the initializer is longer than the token.
     """
     known = tokenizer.get_vocab()
-    ids = tokenizer(new.token, add_special_tokens=False).input_ids
+    ids = tokenizer(new.placeholder_token, add_special_tokens=False).input_ids
     if len(ids) < 2 or any(name in known for name in new.names):
-        raise ValueError(f"tokens.token {new.token!r} is in the base's vocabulary; give a new one, such as '<my-cat>'")
+        raise ValueError(
+            f"tokens.placeholder_token {new.placeholder_token!r} is in the base's vocabulary; "
+            "give a new one, such as '<my-cat>'"
+        )
     _initial_ids(new, tokenizer)
 
 
 def _initial_ids(new: NewToken, tokenizer: Any) -> list[int]:
     """The tokens whose rows the new ones start from, one for each vector; none where there is no initializer."""
-    if new.initializer is None:
+    if new.initializer_token is None:
         return []
-    ids = tokenizer(new.initializer, add_special_tokens=False).input_ids
-    if not 1 <= len(ids) <= new.vectors:
-        told = f"is {len(ids)} tokens, and tokens.vectors is {new.vectors}"
-        raise ValueError(f"tokens.initializer {new.initializer!r} {told}; give a shorter one, or more vectors")
-    return [ids[index % len(ids)] for index in range(new.vectors)]
+    ids = tokenizer(new.initializer_token, add_special_tokens=False).input_ids
+    if not 1 <= len(ids) <= new.num_vectors:
+        told = f"is {len(ids)} tokens, and tokens.num_vectors is {new.num_vectors}"
+        raise ValueError(
+            f"tokens.initializer_token {new.initializer_token!r} {told}; give a shorter one, or more vectors"
+        )
+    return [ids[index % len(ids)] for index in range(new.num_vectors)]
 
 
 class GrownEmbedding(nn.Module):
@@ -151,7 +158,7 @@ def initial_rows(new: NewToken, parts: Parts) -> dict[str, Tensor]:
     for part, (tokenizer, encoder) in parts.items():
         weight = encoder.get_input_embeddings().weight.detach().float()
         ids = _initial_ids(new, tokenizer)
-        drawn = weight.mean(0) + weight.std(0) * torch.randn(new.vectors, weight.shape[1]).to(weight)
+        drawn = weight.mean(0) + weight.std(0) * torch.randn(new.num_vectors, weight.shape[1]).to(weight)
         made[part] = weight[ids].clone() if ids else drawn
     return made
 
@@ -240,4 +247,4 @@ def put_embedding(path: Path, parts: Parts) -> str:
     except ValueError as error:
         raise UserError(f"{path}: {error}; rename the token's key or the file") from None
     add_tokens(parts, new.names, embedding.rows)
-    return new.token
+    return new.placeholder_token

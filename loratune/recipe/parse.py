@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import yaml
+from jsonargparse import Namespace, _typehints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -27,9 +28,11 @@ from loratune.recipe.empty import empty_keys
 from loratune.recipe.mistakes import Entry, explain, foreign, place
 from loratune.recipe.rules import Recipe, check
 from loratune.runs.checkpoints import Checkpoints, use_atomic
+from loratune.runs.folder import give_back
 from loratune.runs.guard import Guard
 from loratune.runs.loggers import Events, log_text
-from loratune.runs.prepare import check_data, give_back, make_room, prepare
+from loratune.runs.prepare import check_data, is_first, make_room, prepare
+from loratune.runs.progress import StepBar, closing
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
 from loratune.training.autoencoder import AutoencoderModule
@@ -62,6 +65,19 @@ SECTIONS = {
     "guard": Guard,
 }
 """What fills a recipe's sections beside trainer, model and data."""
+
+
+def own_defaults(_: Any, before: Any, value: Any) -> None:
+    """Let a class that is named in the place of another have its own defaults, such as Prodigy's rate of 1.
+
+    jsonargparse keeps what was set, or is a default, of the class before wherever the new one has an argument of the
+    same name; it has no setting for that.
+    """
+    if before and "init_args" in before and before["class_path"] != value["class_path"]:
+        before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = own_defaults
 
 
 class Source(NamedTuple):
@@ -190,13 +206,13 @@ class RecipeCLI(LightningCLI):
             prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's trainer with TensorBoard in the run's folder, a Rich progress bar and our monitor."""
+        """Lightning's trainer with TensorBoard in the run's folder, one progress bar and our monitor."""
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
             kwargs["logger"] = Events(trainer.default_root_dir)
         made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
-        if trainer.enable_progress_bar in (None, True):
-            made.append(RichProgressBar())
+        if trainer.enable_progress_bar in (None, True) and "ProgressBar" not in str(trainer.callbacks):
+            made.append(StepBar())
         self.trainer_defaults["callbacks"] = made
         if self.subcommand == "fit":
             make_room(self._chosen)
@@ -215,7 +231,7 @@ def build(argv: Sequence[str], source: Source, execute: bool) -> RecipeCLI:
         SIGNALS.listen()
     try:
         with importing(source.allow_code):
-            return RecipeCLI(
+            cli = RecipeCLI(
                 source,
                 model_class=L.LightningModule if source.named else LoRAModule,
                 datamodule_class=CaptionedImages,
@@ -227,6 +243,9 @@ def build(argv: Sequence[str], source: Source, execute: bool) -> RecipeCLI:
                 args=list(argv),
                 run=execute,
             )
+        if execute and argv[0] == "fit" and is_first():
+            print(closing(cli.trainer))
+        return cli
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loratune.errors import UnwritableError, UserError
 from loratune.formats.atomic import atomic_path
+from loratune.lora.whole import whole
 from loratune.runs.loggers import flush, log_numbers
 from loratune.runs.stopping import SIGNALS
 
@@ -110,6 +111,8 @@ class Checkpoints(ModelCheckpoint):
     """
 
     _judges = False
+    refusals: tuple[Callable[[], bool], ...] = ()
+    """Each says whether what the run has now is not worth a checkpoint; then the earlier ones stay."""
     _due = False
     _open = False
     _step = -1
@@ -198,6 +201,8 @@ class Checkpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        if not self._is_worth_it(trainer):
+            raise NotSavedError
         before = self._last_global_step_saved
         flush(trainer)
         super()._save_checkpoint(trainer, filepath)
@@ -232,9 +237,18 @@ class Checkpoints(ModelCheckpoint):
         if trainer.strategy.broadcast(any(is_whole(path) for path in others)):
             super()._remove_checkpoint(trainer, filepath)
 
+    def _is_worth_it(self, trainer: L.Trainer) -> bool:
+        """Whether all trained weights are numbers, and no one refuses; the same in every process."""
+        trained = [whole(value) for value in trainer.lightning_module.parameters() if value.requires_grad]
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(trained))) if trained else True
+        if not finite:
+            log.warning("step %d: trained weights are NaN or Inf; no checkpoint is written", trainer.global_step)
+        refused = not finite or any(refuse() for refuse in self.refusals)
+        return not trainer.strategy.reduce_boolean_decision(refused, all=False)
+
     def save_now(self, trainer: L.Trainer) -> Path | None:
         """Write the last checkpoint where the run stands; None where it could not be written."""
-        if not self.dirpath:
+        if not self.dirpath or not self._is_worth_it(trainer):
             return None
         path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         self.last_model_path = str(path)

@@ -12,10 +12,10 @@ from pathlib import Path
 from loratune.errors import UserError
 
 LOCK = ".lock"
-RECIPE = "recipe.yaml"
+RECIPE, REPORT = "recipe.yaml", "report.html"
 # What a run writes into its folder, and what `clear` therefore deletes.
 WRITTEN = (
-    *(RECIPE, "report.html", "history.jsonl", "figures/*.png", "checkpoints/*.ckpt", "tensorboard"),
+    *(RECIPE, REPORT, "history.jsonl", "figures/*.png", "checkpoints/*.ckpt", "tensorboard"),
     *("lora*.safetensors", "learned_embeds*.safetensors"),
 )
 _held: dict[Path, tuple[int, list[Path]]] = {}

@@ -37,6 +37,20 @@ class Guard(L.Callback):
         self._waiting: deque[tuple[int, list[str], Tensor]] = deque()
         self._loss_ok: Tensor | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let checkpoints of before bad steps in a row stay, rather than ones written among them."""
+        if (kept := checkpoints_of(trainer)) is not None:
+            kept.refusals = (self._is_in_a_row,)
+
+    def _is_in_a_row(self) -> bool:
+        """Whether the last two steps were skipped; after one the weights are still those of before."""
+        count = 0
+        for *_, bad in reversed(self._waiting):
+            if not bool(bad):
+                return count >= 2
+            count += 1
+        return count + self.in_a_row >= 2
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

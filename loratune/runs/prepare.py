@@ -19,7 +19,7 @@ from loratune.families.prompts import Prompts
 from loratune.families.sd import check_side
 from loratune.lora.tokens import WINDOW, NewToken
 from loratune.runs.checkpoints import last_checkpoint
-from loratune.runs.folder import clear, give_back, refuse_another, take
+from loratune.runs.folder import clear, refuse_another, take
 from loratune.runs.resume import check_recipe
 from loratune.training.captions import counter
 
@@ -126,6 +126,3 @@ def make_room(chosen: Any) -> None:
     """Delete the run that a folder holds, where the recipe says so and the new one could be built."""
     if chosen.run.overwrite and is_first():
         clear(Path(chosen.trainer.default_root_dir))
-
-
-__all__ = ["check_data", "give_back", "make_room", "prepare"]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from loratune.errors import UnwritableError
+from loratune.formats.atomic import tolerated
 from loratune.training.ema import averaged
 from loratune.training.sharding import draws
 
@@ -63,15 +65,29 @@ class Export(L.Callback):
         self.recipe = ""
         self.written: list[Path] = []
         self._written_at = 0
+        self._failed: Exception | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._written_at:
             self._written_at = step
-            self._save(trainer, pl_module, step)
+            with tolerated(f"step {step}: what was trained so far"):
+                self._save(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.written = self._save(trainer, pl_module, None)
+        try:
+            self.written = self._save(trainer, pl_module, None)
+        except (OSError, UnwritableError) as error:  # the last checkpoint is still to be written
+            self._failed = error
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what could not be written.
+
+        Raises:
+            UnwritableError: the same command with --ckpt_path last writes it, from the last checkpoint.
+        """
+        if self._failed is not None:
+            raise UnwritableError(f"{self._failed}; then --ckpt_path last writes it") from self._failed
 
     def _save(self, trainer: L.Trainer, module: Any, step: int | None) -> list[Path]:
         if not draws(trainer):

@@ -116,9 +116,13 @@ class LoRAModule(DiffusionModule):
         """Refuse data in which the new token never occurs: it would be trained on nothing."""
         entries = getattr(getattr(getattr(self.trainer, "datamodule", None), "training", None), "entries", None)
         captions = [" ".join(entry.captions) for entry in entries or ()]
-        if self.tokens and captions and not any(self.tokens.token.lower() in text.lower() for text in captions):
-            fault = f"{self.tokens.token!r} is in none of {len(captions)} captions"
-            raise UserError(f"tokens.token: {fault}; write it there, or set data.caption_prefix")
+        if (
+            self.tokens
+            and captions
+            and not any(self.tokens.placeholder_token.lower() in text.lower() for text in captions)
+        ):
+            fault = f"{self.tokens.placeholder_token!r} is in none of {len(captions)} captions"
+            raise UserError(f"tokens.placeholder_token: {fault}; write it there, or set data.caption_prefix")
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
@@ -142,7 +146,7 @@ class LoRAModule(DiffusionModule):
             verify(written[-1], layers, target.format, target.dtype)
         if self.tokens is not None:
             written.append(target.path("learned_embeds"))
-            write_embedding(written[-1], Embedding(self.tokens.token, rows), target.dtype, facts)
+            write_embedding(written[-1], Embedding(self.tokens.placeholder_token, rows), target.dtype, facts)
         return written
 
     def configure_optimizers(self) -> Any:

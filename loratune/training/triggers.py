@@ -26,7 +26,7 @@ def too_long(
     reading, new = Prompts(**prompts), NewToken(**token) if token else None
     room = WINDOW * reading.chunks
     for key, prefix in prefixes:
-        vectors = 0 if new is None else new.vectors * prefix.lower().count(new.token.lower())
+        vectors = 0 if new is None else new.num_vectors * prefix.lower().count(new.placeholder_token.lower())
         if len(prefix.encode()) + vectors <= room:
             continue  # a token has at least one byte, and reading the tokenizer takes a second
         if (count := counter(reading, new)(prefix)) > room:

@@ -42,7 +42,7 @@ def test_training_is_the_same_bytes_with_and_without(recipe: Path, tmp_path: Pat
 def test_what_is_logged_and_when(recipe: Path, tmp_path: Path) -> None:
     assert fit(recipe, *ON, "--trainer.max_steps", "7") == 0
     logged = found(tmp_path / "run")
-    for name in ("held_out", "training", "neutral"):
+    for name in ("held_out", "training"):
         assert logged[f"{name}/gap"][0] == (0, 0.0)
         # The start, two epochs of three steps (Lightning counts a validation to the step before), the end.
         assert [step for step, _ in logged[f"{name}/gap"]] == [0, 2, 5, 7]

@@ -37,10 +37,10 @@ def test_a_run_leaves_its_figures_in_its_folder_and_in_tensorboard(recipe: Path,
 def test_there_are_none_where_the_base_is_released(recipe: Path, tmp_path: Path) -> None:
     assert main(["fit", "-c", str(recipe), *ON, "--model.memory.unload_encoders", "true"]) == 0
     assert not (tmp_path / "run" / "figures").exists()
-    assert "neutral/gap" not in (tmp_path / "run" / "history.jsonl").read_text()
+    assert "drift" not in (tmp_path / "run" / "history.jsonl").read_text()
 
 
-def test_the_neutral_prompts_are_drawn_before_the_base_is_released(recipe: Path, tmp_path: Path) -> None:
+def test_the_neutral_prompts_are_read_before_the_base_is_released(recipe: Path, tmp_path: Path) -> None:
     words = [
         "--model.memory.unload_encoders",
         "true",
@@ -50,7 +50,7 @@ def test_the_neutral_prompts_are_drawn_before_the_base_is_released(recipe: Path,
         "[a dog]",
     ]
     assert main(["fit", "-c", str(recipe), *words, "--trainer.max_steps", "2"]) == 0
-    assert "neutral/gap" in (tmp_path / "run" / "history.jsonl").read_text()
+    assert '"drift"' in (tmp_path / "run" / "history.jsonl").read_text()
 
 
 def test_a_device_that_is_too_small_loses_the_figures_and_not_the_run(
@@ -59,9 +59,9 @@ def test_a_device_that_is_too_small_loses_the_figures_and_not_the_run(
     def small(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    monkeypatch.setattr(module, "draw_start", small)
+    monkeypatch.setattr(module, "sample_latents", small)
     assert main(["fit", "-c", str(recipe), *ON]) == 0
-    assert "figures: not drawn (no memory); set evaluation.figures: false" in caplog.text
+    assert "figures: not drawn (OutOfMemoryError: no memory); set evaluation.figures: false" in caplog.text
     assert (tmp_path / "run" / "lora.safetensors").is_file()
 
 

@@ -86,7 +86,9 @@ def test_the_base_alone_is_the_base_and_all_is_as_it_was_afterwards(tiny_base: P
 
 
 def test_a_new_token_is_as_it_began_in_the_base(tiny_base: Path) -> None:
-    module = LoRAModule(str(tiny_base), LoRA(targets="none"), tokens=NewToken("<thing>", initializer="disc")).eval()
+    module = LoRAModule(
+        str(tiny_base), LoRA(targets="none"), tokens=NewToken("<thing>", initializer_token="disc")
+    ).eval()
     with torch.no_grad():
         start = module.family.encode_prompts(["a <thing>"])["text"]
         module._rows[0].add_(1.0)

@@ -19,13 +19,13 @@ def test_a_row_for_each_weight_and_the_base_is_drawn_once(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    draw = samples.draw
+    draw = samples.sample_images
 
     def watched(*args: Any, **more: Any) -> Any:
         drawn.append(draw(*args, **more))
         return drawn[-1]
 
-    monkeypatch.setattr(samples, "draw", watched)
+    monkeypatch.setattr(samples, "sample_images", watched)
     words = ["--samples.weights", "[0, 0.5, 1]", "--model.optimizer.init_args.lr", "0.1"]
     assert main(["fit", "-c", str(recipe), *WORDS, *words]) == 0
     zero, half, one, half_after, one_after = drawn  # at the start three, at the end two

@@ -219,18 +219,18 @@ def test_a_token_is_put_into_a_base_once(tiny_base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("set_to", "said"),
     [
-        ({"token": "my cat"}, "tokens.token is 'my cat'; give one word without spaces"),
-        ({"token": ""}, "tokens.token is ''"),
-        ({"token": "<a:b>"}, "without ( ) [ ] : , "),
-        ({"vectors": 0}, "tokens.vectors is 0; give 1 to 75"),
-        ({"vectors": 76}, "tokens.vectors is 76; give 1 to 75, as many as a window holds"),
+        ({"placeholder_token": "my cat"}, "tokens.placeholder_token is 'my cat'; give one word without spaces"),
+        ({"placeholder_token": ""}, "tokens.placeholder_token is ''"),
+        ({"placeholder_token": "<a:b>"}, "without ( ) [ ] : , "),
+        ({"num_vectors": 0}, "tokens.num_vectors is 0; give 1 to 75"),
+        ({"num_vectors": 76}, "tokens.num_vectors is 76; give 1 to 75, as many as a window holds"),
         ({"lr": 0.0}, "tokens.lr is 0.0; give a number above 0"),
         ({"lr": float("nan")}, "tokens.lr is nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(set_to: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        NewToken(**{"token": "<blob>", **set_to})
+        NewToken(**{"placeholder_token": "<blob>", **set_to})
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_settings_that_make_no_sense_are_refused(set_to: dict[str, Any], said: s
     [
         (NewToken("cat"), "'cat' is in the base's vocabulary; give a new one, such as '<my-cat>'"),
         (NewToken("<|endoftext|>".replace("|", "")), ""),
-        (NewToken("<blob>", 1, "red disc"), "'red disc' is 2 tokens, and tokens.vectors is 1; give a shorter one"),
+        (NewToken("<blob>", 1, "red disc"), "'red disc' is 2 tokens, and tokens.num_vectors is 1; give a shorter one"),
         (NewToken("<blob>", 1, ""), "'' is 0 tokens"),
     ],
 )
@@ -254,7 +254,7 @@ def test_a_token_must_be_new_and_its_initializer_fit(tokenizer: CLIPTokenizer, n
 
 TOKEN = [
     "--model.tokens",
-    "{token: <blob>, vectors: 2, initializer: disc, lr: 0.05}",
+    "{placeholder_token: <blob>, num_vectors: 2, initializer_token: disc, lr: 0.05}",
     "--data.caption_prefix",
     "<blob> ",
 ]
@@ -349,10 +349,16 @@ def test_the_tokens_own_rate_is_used(tiny_base: Path, lr: float | None, wanted: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model.tokens", "{token: cat}"], "'cat' is in the base's vocabulary"),
-        (["--model.tokens", "{token: my cat}"], "tokens.token is 'my cat'; give one word without spaces"),
-        (["--model.tokens", "{token: <blob>, initializer: red disc}"], "is 2 tokens, and tokens.vectors is 1"),
-        (["--model.tokens", "{token: <blob>, vectors: 76}"], "tokens.vectors is 76; give 1 to 75"),
+        (["--model.tokens", "{placeholder_token: cat}"], "'cat' is in the base's vocabulary"),
+        (
+            ["--model.tokens", "{placeholder_token: my cat}"],
+            "tokens.placeholder_token is 'my cat'; give one word without spaces",
+        ),
+        (
+            ["--model.tokens", "{placeholder_token: <blob>, initializer_token: red disc}"],
+            "is 2 tokens, and tokens.num_vectors is 1",
+        ),
+        (["--model.tokens", "{placeholder_token: <blob>, num_vectors: 76}"], "tokens.num_vectors is 76; give 1 to 75"),
         (["--model.lora.targets", "none"], "lora.targets is none and nothing else is trained; set model.tokens"),
         (["--model.prompts.chunks", "0"], "prompts.chunks is 0; give 1 to 16"),
         (["--data.caption_prefix", "word " * 80], "data.caption_prefix is 80 tokens, and a prompt holds 75"),
@@ -374,8 +380,10 @@ def test_what_is_wrong_with_a_token_is_told_before_a_weight_is_read(
 def test_a_token_in_no_caption_is_told_before_training(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "-c", str(recipe), "--model.tokens", "{token: <blob>}"]) == 2
-    assert re.search(r"tokens.token: '<blob>' is in none of \d+ captions; write it there", capsys.readouterr().err)
+    assert main(["fit", "-c", str(recipe), "--model.tokens", "{placeholder_token: <blob>}"]) == 2
+    assert re.search(
+        r"tokens.placeholder_token: '<blob>' is in none of \d+ captions; write it there", capsys.readouterr().err
+    )
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 

@@ -192,3 +192,25 @@ def test_bad_input_is_one_line_before_a_weight_is_read(
     assert len(told) == 1
     assert expected in told[0]
     assert not (tmp_path / "run").exists()
+
+
+OPTIMIZERS = {
+    "in the recipe": ("optimizer: {class_path: prodigyopt.Prodigy}", []),
+    "after another": ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}", ["prodigyopt.Prodigy"]),
+}
+
+
+@pytest.mark.parametrize("way", list(OPTIMIZERS))
+def test_an_optimizer_that_is_named_has_its_own_defaults(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, words = OPTIMIZERS[way]
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model:\n  base: builtin:emoji-64\n  {text}\ndata: {{path: {tmp_path}}}\n")
+    named = [word for name in words for word in ("--model.optimizer", name)]
+    with pytest.raises(SystemExit):
+        run(["fit", "-c", str(path), *named, "--print_config"])
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]
+    assert optimizer["class_path"] == "prodigyopt.Prodigy"
+    assert optimizer["init_args"].get("lr", 1.0) == 1.0
+    assert optimizer["init_args"].get("weight_decay", 0) == 0

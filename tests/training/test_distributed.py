@@ -128,7 +128,7 @@ def test_two_processes_train_what_one_trains(
         ("fsdp2", ["--model.memory.quantization", "nf4"], "not with model.memory.quantization"),
         ("fsdp2", ["--model.memory.compile", "true"], "not with model.memory.compile"),
         ("fsdp2", ["--model.lora.init", "pissa"], "not with model.lora.init"),
-        ("fsdp2", ["--model.tokens", "{token: <disc>}"], "not with model.tokens"),
+        ("fsdp2", ["--model.tokens", "{placeholder_token: <disc>}"], "not with model.tokens"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
