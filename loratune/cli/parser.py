@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from loratune.errors import UserError
 
@@ -24,20 +24,22 @@ def is_of_a_recipe(verb: Verb) -> bool:
     return any(each.kind is each.VAR_POSITIONAL for each in inspect.signature(verb).parameters.values())
 
 
-def run_verb(verb: Verb, words: Sequence[str]) -> int:
-    """Call a verb with what the words say; returns its exit code.
+def arguments(verb: Verb, words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """What a verb is called with, for the words of a command line.
 
     Raises:
         UserError: the words are not of its signature.
     """
     parameters = inspect.signature(verb).parameters.values()
     if all(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return verb(*words) or 0
+        return list(words), {}
     words, overrides = overridden(words) if is_of_a_recipe(verb) else (list(words), [])
     by_place = [each.name for each in parameters if each.kind is each.POSITIONAL_ONLY]
+    # As types, since jsonargparse imports all that a file imports for its checker alone to read them as text.
+    verb.__annotations__.update(get_type_hints(verb))
     parser = _parser(verb, by_place)
     values = parser.instantiate_classes(parser.parse_args(_words(verb, words))).as_dict()
-    return verb(*(values.pop(name) for name in by_place), *overrides, **values) or 0
+    return [*(values.pop(name) for name in by_place), *overrides], values
 
 
 def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
@@ -87,11 +89,11 @@ def _words(verb: Verb, words: Sequence[str]) -> list[str]:
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
-        kind = str(verb.__annotations__.get(key)) if flag.startswith("--") else "None"
-        if kind == "None":
+        kind = verb.__annotations__.get(key) if flag.startswith("--") else None
+        if kind is None:
             given.append(word)
-        elif kind == "bool" and not equals and after not in ("true", "false"):
+        elif kind is bool and not equals and after not in ("true", "false"):
             given.append(f"--{key}=true")
         else:
-            given.append(f"--{key}{'+' if kind.startswith('list[') else ''}{equals}{value}")
+            given.append(f"--{key}{'+' if get_origin(kind) is list else ''}{equals}{value}")
     return given

@@ -61,7 +61,7 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
     if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return _unknown(found[1], recipes, known)
     if found := re.search(r"Option '([^']+)' is not accepted", message):
-        return _unknown_in_class(found[1], recipes)
+        return _unknown_in_class(found[1], recipes, known)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         line, names = place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
         return f"{line}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
@@ -81,14 +81,15 @@ def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     return f"{place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
 
 
-def _unknown_in_class(key: str, recipes: Sequence[Entry]) -> str:
+def _unknown_in_class(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     classes = {(entry.path, entry.key): entry.value for entry in recipes}
     for path, line, dotted, _ in recipes:
         named = classes.get((path, f"{dotted.rsplit('.', 2)[0]}.class_path"))
         if dotted.split(".")[-1] == key and named:
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
             return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
-    return f"unknown key '{key}'"
+    dotted = next((entry.key for entry in recipes if entry.key.split(".")[-1] == key), key)
+    return _unknown(dotted, recipes, known)
 
 
 def _parameters(name: str) -> list[str]:

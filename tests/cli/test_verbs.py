@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from loratune.cli import failures, verbs
 from loratune.cli import main as command
 from loratune.cli.main import find, main, names
-from loratune.cli.parser import is_of_a_recipe, run_verb
+from loratune.cli.parser import arguments, is_of_a_recipe
 
 FOLDER = Path(verbs.__path__[0])
 HEAVY = {"torch", "numpy", "lightning", "diffusers", "transformers", "safetensors", "PIL", "datasets", "yaml"}
@@ -48,44 +48,38 @@ def test_every_file_of_the_folder_is_a_verb() -> None:
     assert {"sample", "merge", "inspect", "fit", "plan", "quickstart"} <= set(names())
 
 
-VALUES = {"int": "3", "float": "0.5", "str": "text", "Path": "a/b", "bool": "true"}
+VALUES = {int: "3", float: "0.5", str: "text", Path: "a/b", bool: "true"}
 
 
-def typed(annotation: str) -> tuple[str, Any]:
-    """A word for a parameter, and the value that it has to become."""
-    kind = annotation.split(" | ")[0]
-    if kind.startswith("list["):
-        word, value = typed(kind[5:-1])
+def typed(kind: Any) -> tuple[str, Any]:
+    """A word for a parameter's type, and the value that it has to become."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is list:
+        word, value = typed(kinds[0])
         return word, [value]
-    if kind in ("DType", "Format") or kind.startswith("Literal"):
-        word = {"DType": "bfloat16", "Format": "kohya"}.get(kind, "nearest")
-        return word, word
-    convert = {"int": int, "float": float, "str": str, "Path": Path, "bool": lambda _: True}[kind]
-    return VALUES[kind], convert(VALUES[kind])
+    if origin is Literal:
+        return kinds[-1], kinds[-1]
+    if kinds:
+        return typed(kinds[0])  # or None
+    return VALUES[kind], True if kind is bool else kind(VALUES[kind])
 
 
 @pytest.mark.parametrize("name", names())
 def test_the_signature_is_the_command_line(name: str) -> None:
     verb, given = find(name), {}
+    kinds = get_type_hints(verb)
     signature = inspect.signature(verb)
     words: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
-        word, given[parameter.name] = typed(str(parameter.annotation))
+        word, given[parameter.name] = typed(kinds[parameter.name])
         flag = [] if parameter.kind is parameter.POSITIONAL_ONLY else [f"--{parameter.name.replace('_', '-')}"]
         words += [*flag, word]
     keys = ["--data.seed", "3", "--allow-code"] if is_of_a_recipe(verb) else []
-    received: dict[str, Any] = {}
-
-    def double(*args: Any, **kwargs: Any) -> None:
-        received.update(signature.bind(*args, **kwargs).arguments)
-
-    double.__signature__ = signature  # type: ignore[attr-defined]
-    double.__annotations__, double.__doc__, double.__name__ = verb.__annotations__, verb.__doc__, name
-    assert run_verb(double, [*words, *keys]) == 0
-    rest = {key: value for key, value in received.items() if key not in ("overrides", "words")}
-    assert rest == given
+    places, options = arguments(verb, [*words, *keys])
+    received = signature.bind(*places, **options).arguments
+    assert {key: value for key, value in received.items() if key not in ("overrides", "words")} == given
     assert list(received.get("overrides", received.get("words", ()))) == keys
 
 
@@ -259,7 +253,8 @@ def test_the_last_resort_is_a_line_and_a_file_with_the_traceback(
 def test_a_reader_that_goes_away_is_no_traceback(words: list[str]) -> None:
     code = f"import sys; from loratune.cli.main import main\nprint('x' * 100_000)\nsys.exit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.read(1)
     process.stdout.close()
     said = process.stderr.read().decode()
