@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from loratune.errors import UserError
 
@@ -85,15 +85,15 @@ def _help_of(verb: Verb, name: str) -> str:
 
 def _words(verb: Verb, words: Sequence[str]) -> list[str]:
     """The words as jsonargparse takes them: `--in-place` is `--in_place=true`, and `--lora` adds to a list."""
-    given = []
+    typed = []
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
         kind = verb.__annotations__.get(key) if flag.startswith("--") else None
         if kind is None:
-            given.append(word)
+            typed.append(word)
         elif kind is bool and not equals and after not in ("true", "false"):
-            given.append(f"--{key}=true")
+            typed.append(f"--{key}=true")
         else:
-            given.append(f"--{key}{'+' if get_origin(kind) is list else ''}{equals}{value}")
-    return given
+            typed.append(f"--{key}{'+' if str(kind).startswith('list[') else ''}{equals}{value}")
+    return typed

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loratune.errors import visible
 from loratune.recipe.reader import compose, walk
 
 
@@ -50,21 +51,21 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
         recipes: the keys of the files that were parsed.
         known: dotted names of all keys.
     """
-    if found := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
-        return found[1]  # told already by a parser within
-    if found := FOREIGN.search(" ".join(message.split())):
-        return found[0]  # likewise
-    if found := re.search(r"Importing '([^']+)' is not allowed", message):
-        return f"{place(found[1], recipes)}{foreign(found[1])}"
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return _unknown(found[1], recipes, known)
-    if found := re.search(r"unrecognized arguments: --([\w.]+)", message):
-        return _unknown(found[1], recipes, known)
-    if found := re.search(r"Option '([^']+)' is not accepted", message):
-        return _unknown_in_class(found[1], recipes, known)
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        line, names = place(found[1], recipes), [one.__name__ for base in _named_classes() for one in _below(base)]
-        return f"{line}unknown class {found[1]!r}{_did_you_mean(found[1], names)}"
+    if match := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
+        return match[1]  # explained already by an inner parser
+    if match := FOREIGN.search(" ".join(message.split())):
+        return match[0]  # likewise
+    if match := re.search(r"Importing '([^']+)' is not allowed", message):
+        return f"{place(match[1], recipes)}{foreign(match[1])}"
+    if match := re.search(r"does not accept option '([^']+)'", message):
+        return _unknown(match[1], recipes, known)
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return _unknown(match[1], recipes, known)
+    if match := re.search(r"Option '([^']+)' is not accepted", message):
+        return _unknown_in_class(match[1], recipes, known)
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        names = [candidate.__name__ for base in _named_classes() for candidate in _below(base)]
+        return f"{place(match[1], recipes)}unknown class {match[1]!r}{_did_you_mean(match[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
     if not keys:
@@ -88,19 +89,19 @@ def _unknown_in_class(key: str, recipes: Sequence[Entry], known: Iterable[str]) 
         if dotted.split(".")[-1] == key and named:
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
             return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
-    dotted = next((entry.key for entry in recipes if entry.key.split(".")[-1] == key), key)
+    dotted = next((entry.key for entry in recipes if visible(entry.key.split(".")[-1]) == key), key)
     return _unknown(dotted, recipes, known)
 
 
 def _parameters(name: str) -> list[str]:
     module, _, attribute = name.rpartition(".")
     try:
-        found: Any = getattr(import_module(module), attribute) if module else None
+        named: Any = getattr(import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
-        found = None
-    for base in _named_classes() if found is None else ():
-        found = next((one for one in _below(base) if one.__name__ == attribute), found)
-    return list(inspect.signature(found).parameters) if found else []
+        named = None
+    for base in _named_classes() if named is None else ():
+        named = next((candidate for candidate in _below(base) if candidate.__name__ == attribute), named)
+    return list(inspect.signature(named).parameters) if named else []
 
 
 def _named_classes() -> tuple[type[Any], ...]:
@@ -108,20 +109,20 @@ def _named_classes() -> tuple[type[Any], ...]:
     import lightning as L
     import torch
 
-    from loratune.families.family import Family
+    from loratune.families.family import Architecture
 
-    return torch.optim.Optimizer, L.Callback, L.LightningModule, Family
+    return torch.optim.Optimizer, L.Callback, L.LightningModule, Architecture
 
 
 def _below(base: type[Any]) -> Iterator[type[Any]]:
-    for one in base.__subclasses__():
-        yield one
-        yield from _below(one)
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
 
 
 def _did_you_mean(word: str, names: Iterable[str]) -> str:
-    found = get_close_matches(word, list(names), 1, 0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    close = get_close_matches(word, list(names), 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def place(key: str, entries: Sequence[Entry]) -> str:

@@ -21,7 +21,7 @@ from loratune.errors import UserError
 from loratune.evaluation.evaluate import Evaluate
 from loratune.evaluation.samples import SampleGrid
 from loratune.families.pixels import PixelDDPM
-from loratune.families.sd import NewStableDiffusion, StableDiffusion
+from loratune.families.sd import NewStableDiffusion
 from loratune.formats.atomic import atomic_path
 from loratune.recipe.code import functions, importing
 from loratune.recipe.empty import empty_keys
@@ -52,7 +52,6 @@ SHORT_NAMES = (
     LoRAModule,
     NewStableDiffusion,
     PixelDDPM,
-    StableDiffusion,
 )
 """Imported so that recipes can name them without their modules."""
 
@@ -107,6 +106,14 @@ class RecipeParser(LightningArgumentParser):
         """Raise what the command line prints as one line."""
         raise UserError(explain(message, self.source.entries, KeyNames(self.source.named)))
 
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """What `loratune VERB --help` prints: our sections first; Lightning's Trainer, the longest, last."""
+        self.usage = f"loratune {self.prog.split()[-1]} -c RECIPE [--KEY VALUE ...]"
+        self.description = "Each key below stands in the recipe, or as --KEY VALUE here, which overrides the recipe."
+        groups: Any = self._action_groups
+        groups.sort(key=lambda group: any("trainer" in action.dest for action in group._group_actions))
+        return super().format_help(*args, **kwargs)
+
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
@@ -140,10 +147,10 @@ def flat_numbers(tree: Any, prefix: str = "") -> dict[str, float | str]:
     """A recipe's model and data settings as flat names and values, for TensorBoard's table of runs."""
     if isinstance(tree, dict):
         parts = [(key, value) for key, value in tree.items() if prefix or key in ("model", "data", "seed_everything")]
-        made: dict[str, float | str] = {}
+        numbers: dict[str, float | str] = {}
         for key, value in parts:
-            made |= flat_numbers(value, f"{prefix}.{key}" if prefix else key)
-        return made
+            numbers |= flat_numbers(value, f"{prefix}.{key}" if prefix else key)
+        return numbers
     return {prefix: tree if isinstance(tree, int | float) else str(tree)} if tree is not None else {}
 
 
@@ -171,8 +178,8 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections beside trainer, model and data."""
-        for section, made in SECTIONS.items():
-            parser.add_lightning_class_args(made, section)
+        for section, filled_by in SECTIONS.items():
+            parser.add_lightning_class_args(filled_by, section)
         defaults = {"dirpath": None, "save_last": True, "save_top_k": 1, "every_n_train_steps": 250}
         defaults["enable_version_counter"] = False  # last.ckpt is one file
         parser.set_defaults({"trainer.log_every_n_steps": 10, "trainer.enable_model_summary": False})
@@ -192,8 +199,8 @@ class RecipeCLI(LightningCLI):
         if not self.source.allow_code and (name := next(functions(config), None)):
             raise UserError(f"{place(name, entries)}{foreign(name)}")
         if config.trainer.default_root_dir is None:
-            given = config.get("config")
-            config.trainer.default_root_dir = str(Path("runs") / (Path(str(given[-1])).stem if given else "run"))
+            recipes = config.get("config")
+            config.trainer.default_root_dir = str(Path("runs") / (Path(str(recipes[-1])).stem if recipes else "run"))
         if config.trainer.precision is None:
             config.trainer.precision = fast_precision(str(config.trainer.accelerator))
         if self.subcommand and config.get("weights_only") is None:
@@ -210,10 +217,10 @@ class RecipeCLI(LightningCLI):
         trainer = self._chosen.trainer
         if trainer.logger in (None, True):
             kwargs["logger"] = Events(trainer.default_root_dir)
-        made: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
+        callbacks: list[Callback] = [Finish(), Monitor(), LearningRateMonitor("step")]
         if trainer.enable_progress_bar in (None, True) and "ProgressBar" not in str(trainer.callbacks):
-            made.append(StepBar())
-        self.trainer_defaults["callbacks"] = made
+            callbacks.append(StepBar())
+        self.trainer_defaults["callbacks"] = callbacks
         if self.subcommand == "fit":
             make_room(self._chosen)
         return use_atomic(super().instantiate_trainer(**kwargs))
@@ -266,7 +273,7 @@ class KeyNames:
             L.LightningModule if self.named else LoRAModule, "model", subclass_mode=self.named
         )
         parser.add_lightning_class_args(CaptionedImages, "data")
-        for section, made in SECTIONS.items():
-            parser.add_lightning_class_args(made, section)
+        for section, filled_by in SECTIONS.items():
+            parser.add_lightning_class_args(filled_by, section)
         names = {str(action.dest) for action in parser._actions} | {"seed_everything", "ckpt_path"}
         return iter(sorted(names))

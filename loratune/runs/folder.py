@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -10,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratune.errors import UserError
+from loratune.formats.descriptors import BINARY, NO_FOLLOW, read_at, try_lock, write_at
 
 LOCK = ".lock"
 RECIPE, REPORT = "recipe.yaml", "report.html"
@@ -23,10 +23,7 @@ _held: dict[Path, tuple[int, list[Path]]] = {}
 
 
 def take(folder: Path) -> None:
-    """Keep a folder for this process until it ends or gives it back.
-
-    A record lock (POSIX): unlike flock's it is not inherited by the processes that load batches, so a killed run's
-    folder is free at once, and it works on network file systems.
+    """Keep a folder for this process until it ends or gives it back, by a lock on a file in it.
 
     Raises:
         UserError: another process has it, or it cannot be written to.
@@ -37,13 +34,13 @@ def take(folder: Path) -> None:
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | BINARY | NO_FOLLOW, 0o644)
     except OSError as error:
+        if (folder / LOCK).is_symlink():
+            raise UserError(f"{folder / LOCK}: is a symbolic link, where a run has its lock; remove it") from None
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); set trainer.default_root_dir") from None
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    if not try_lock(descriptor):
+        owner = read_at(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
         told = f"{folder}: a run is under way there ({owner or 'of another process'})"
         raise UserError(f"{told}; wait for it, stop it, or set trainer.default_root_dir to another folder") from None
@@ -51,7 +48,7 @@ def take(folder: Path) -> None:
         os.close(descriptor)
         return take(folder)
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    write_at(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[folder] = descriptor, made
 
 

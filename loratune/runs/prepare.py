@@ -15,8 +15,8 @@ from loratune.data.audit import audit
 from loratune.data.module import CaptionedImages
 from loratune.errors import UserError
 from loratune.families.base import Base
+from loratune.families.known import family_of
 from loratune.families.prompts import Prompts
-from loratune.families.sd import check_side
 from loratune.lora.tokens import WINDOW, NewToken
 from loratune.runs.checkpoints import last_checkpoint
 from loratune.runs.folder import clear, refuse_another, take
@@ -75,7 +75,7 @@ def check_data(chosen: Any) -> None:
     elif is_first():
         data.check(warn=False)
     if (configs := _configs(model.get("base"))) is not None:
-        data.check_sizes(Sides(configs))
+        data.check_sizes(Sizes(configs))
 
 
 def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
@@ -100,21 +100,19 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
         raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
 
 
-class Sides:
-    """What a base's configurations say of the images' sides.
+class Sizes:
+    """What a base's configurations say of the images' sizes.
 
     Args:
         configs: by component.
     """
 
     def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        vae = configs.get("vae", {})
-        self.factor = 2 ** (len(vae.get("block_out_channels", ("",))) - 1)
+        self.configs = configs
 
-    def latent_shape(self, height: int, width: int) -> None:
-        """Raise UserError for sides, in pixels, that the VAE cannot halve often enough."""
-        for side in (height, width):
-            check_side(side, self.factor)
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Raise UserError for a size in pixels that the base cannot take."""
+        return family_of(self.configs).latent_shape(self.configs, height, width)
 
 
 def is_first() -> bool:

@@ -41,16 +41,17 @@ class Target:
 
 
 class Export(L.Callback):
-    """At the end of a run, before all else, write what was trained into the run's folder.
+    """Write what was trained into the run's folder, at the end of the run and before all else there.
 
     A LoRA becomes lora.safetensors, with the recipe and the base's hash inside, and a new token
-    learned_embeds.safetensors beside it; a VAE becomes the folder
-    vae/, a text encoder text_encoder/, other weights of a base the folder base-STEP/, both in diffusers' layout.
+    learned_embeds.safetensors beside it; a VAE becomes the folder vae/, a text encoder text_encoder/, other weights of
+    a base the folder base-STEP/, all in diffusers' layout.
 
     Args:
         format: keys of the LoRA file: peft (diffusers' own), or kohya (ComfyUI, A1111, sd-scripts).
         dtype: of the written tensors.
-        every_n_steps: also write lora-STEP.safetensors (and the token's file) this often; 0 does not.
+        every_n_steps: steps between exports of lora-STEP.safetensors (and the token's file) during the run; 0 exports
+            at the end alone.
     """
 
     def __init__(

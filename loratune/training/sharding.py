@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import lightning as L
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 NAME = "fsdp2"
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 
 class Sharded(ModelParallelStrategy):
@@ -39,17 +38,18 @@ def draws(trainer: L.Trainer) -> bool:
     return trainer.is_global_zero or is_sharded(trainer)
 
 
-def shard(part: nn.Module, mesh: DeviceMesh) -> None:
+def shard(part: nn.Module, mesh: DeviceMesh, blocks: Collection[str]) -> None:
     """Cut a component's weights over a mesh, block by block, so that one block at a time is whole in the forward pass.
 
     Args:
         part: changed in place; the channels of its convolutions come first again, as FSDP takes no others.
         mesh: of the data-parallel group.
+        blocks: names of the classes of its blocks.
     """
     for parameter in part.parameters():
         parameter.data = parameter.data.contiguous()
     for block in part.modules():
-        if isinstance(block, BLOCKS):
+        if type(block).__name__ in blocks:
             fully_shard(block, mesh=mesh)
     # By default what is in no block stays whole after a forward pass, and is then no longer what the optimizer holds.
     fully_shard(part, mesh=mesh, reshard_after_forward=True)

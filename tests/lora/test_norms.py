@@ -35,7 +35,7 @@ def test_norms_are_those_of_what_is_added(tiny_base: Path, settings: dict[str, A
     for parameter in module.trained_parameters():
         torch.nn.init.normal_(parameter)
     squares: dict[str, float] = {}
-    for component, part in module.family.components().items():
+    for component, part in module.model.components().items():
         for name, layer in adapted_layers(part).items():
             block = block_of(f"{component}.{name}")
             added: Any = layer.get_delta_weight("default")

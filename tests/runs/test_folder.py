@@ -41,7 +41,7 @@ def test_a_folder_is_one_processs_at_a_time(tmp_path: Path) -> None:
 def test_a_run_under_way_is_told_before_any_weight_is_loaded(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were loaded"))
     folder = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -63,7 +63,7 @@ def test_a_folder_with_another_run_is_refused_before_any_weight_is_loaded(
     (run / "mine.txt").write_text("kept")
     (run / "lora-000001.safetensors").write_text("of the run before")
     capsys.readouterr()
-    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were loaded"))
     assert main(["fit", "-c", str(recipe)]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(f"loratune: {run}: holds a run; go on with it by --ckpt_path last")

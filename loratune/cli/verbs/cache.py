@@ -11,7 +11,7 @@ from loratune.errors import UserError
 
 
 def cache(recipe: Path, /, *overrides: str) -> None:
-    """Encode a recipe's images and captions into the cache, and stop; what is there already is kept.
+    """Encode a recipe's images and captions into the cache and stop; what is cached already is kept.
 
     Args:
         recipe: whose images; its keys can be overridden, as in --data.num_workers 4; --allow-code lets it
