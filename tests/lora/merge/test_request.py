@@ -11,7 +11,8 @@ import pytest
 
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, module_names, original_names
-from loratune.lora.merge.request import Given, block_of, check_blocks, mentioned, parse, short, within
+from loratune.families.blocks import block_of, short_name, within
+from loratune.lora.merge.request import Given, check_blocks, mentioned, parse
 from loratune.lora.names import TABLES, known_names
 
 DOWN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -91,7 +92,7 @@ def test_blocks_are_called_by_short_names() -> None:
     assert [block_of(name) for name in (DOWN, UP, MID, TIME, TEXT, TEXT_2)] == [
         "down.1", "up.3", "mid", "unet", "te1", "te2",
     ]  # fmt: skip
-    assert short(DOWN) == "down.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert short_name(DOWN) == "down.1.attentions.0.transformer_blocks.0.attn1.to_q"
     assert not within("unet.down_blocks.10.x.y", "down.1")
 
 

@@ -23,6 +23,7 @@ from loratune.cli.verbs.merge import merge
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.blocks import within
 from loratune.families.save import write_single_file
 from loratune.families.single_file import from_single_file, to_single_file
 from loratune.formats import streaming
@@ -31,7 +32,6 @@ from loratune.formats.headers import read_header
 from loratune.formats.numbers import spacing
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
-from loratune.lora.merge.request import within
 from loratune.lora.merge.run import MERGES_KEY
 
 RANK, ALPHA = 2, 1.0
