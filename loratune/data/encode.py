@@ -1,4 +1,4 @@
-"""What the frozen parts of a base make of images and captions, once, through the cache."""
+"""Latents and text embeddings of images and captions, encoded once and cached."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of entries in the cache, made of all that decides what is in them.
+    """Names of cache entries, hashes of everything that decides their content.
 
     Args:
         vae: hash of its weights.
@@ -122,7 +122,7 @@ class Encoder:
         return self._get(self.keys.image(entry, view), lambda: self._encode_image(pixels()))
 
     def condition(self, caption: str) -> dict[str, Tensor]:
-        """What the network is told for a caption."""
+        """The conditioning of a caption."""
         return self._get(self.keys.caption(caption), lambda: self._encode_prompt(caption))
 
     def mask(self, entry: Entry, view: View, latents: Size, data: Callable[[], bytes | None]) -> Tensor:

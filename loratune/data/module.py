@@ -166,7 +166,7 @@ class CaptionedImages(L.LightningDataModule):
                 if not collection.entry(number, index, sample).mask:
                     bare.append(Path(sample.name).name)
             except OSError:
-                continue  # told of when it is read
+                continue  # reported when it is read
         if len(bare) == len(source):
             raise UserError(
                 f"{config.masks}: has a mask for none of the images of {config.path}; give them their names"
@@ -306,7 +306,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Encoded samples, found by their index, or by a `Draw` from which all that is random of them follows.
+    """Encoded samples, by index, or by a `Draw`, from which everything random about them follows.
 
     Args:
         entries: the samples.

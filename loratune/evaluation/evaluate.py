@@ -211,7 +211,7 @@ class Evaluate(L.Callback):
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
         ranges = zip(range_names(steps, self.levels), mean_losses(every), strict=True)
-        # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
+        # Not by the module's log, which would repeat the last value of a range that no timestep fell into.
         log_numbers(trainer, {f"train/loss_{name}": mean for name, mean in ranges if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
 

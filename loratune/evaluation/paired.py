@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a network made of a set of n images at k steps.
+    """A network's losses and outputs on a set of n images at k timesteps.
 
     Args:
         losses: mean squared error of each, (n, k) in float64 on the CPU.
@@ -292,7 +292,7 @@ def rise(now: Tensor, best: Tensor) -> Gap | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found at a step.
+    """The comparison at a step.
 
     Args:
         step: of the run.

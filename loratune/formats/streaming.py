@@ -28,7 +28,7 @@ Range = tuple[int, int]
 """Bytes [start, stop) of a file's data section."""
 
 CHUNK = 64 << 20  # bytes copied at a time; the disk has nothing to do between two of them
-BUFFER = 4 << 20  # bytes held where the system cannot copy by itself
+BUFFER = 4 << 20  # bytes buffered where the system cannot copy by itself
 BLOCK = 4096  # bytes; what file systems share is a multiple of it
 FICLONERANGE = 0x4020940D  # ioctl_ficlonerange(2)
 SYNC_FILE_RANGE_WRITE = 2
@@ -40,7 +40,7 @@ NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFAULT, errno.E
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """Ranges in order, those that touch or overlap made one, empty ones left out."""
+    """Ranges in order, those that touch or overlap merged, empty ones left out."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
         if start >= stop:
@@ -298,7 +298,7 @@ class Writer:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until all that was given so far is written.
+        """Wait until everything handed over so far is written.
 
         Raises:
             OSError: it could not be.
@@ -309,7 +309,7 @@ class Writer:
         self.check()
 
     def check(self) -> None:
-        """Raise what made writing fail, if anything did."""
+        """Raise the error of the writing thread, if there was one."""
         if self._error is not None:
             raise self._error
 
@@ -317,7 +317,7 @@ class Writer:
         while (step := self._next()) is not None:
             try:
                 self._progress(step())
-            except BaseException as error:  # told to the thread that waits
+            except BaseException as error:  # raised in the thread that waits
                 self._error = error
             with self._changed:
                 self._busy = False

@@ -9,7 +9,7 @@ import torch
 
 from loratune.families.blocks import block_of
 from loratune.lora.algebra import factors, inner
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 
 
 def norms_by_block(layers: Mapping[str, LowRank]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a training step will take, told from shapes alone: nothing is allocated and no weight is read."""
+"""The memory of a training step, from shapes alone: nothing is allocated and no weight is read."""
 
 from __future__ import annotations
 

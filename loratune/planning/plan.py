@@ -19,10 +19,10 @@ from loratune.evaluation.samples import SampleGrid
 from loratune.families.load import without_weights
 from loratune.planning.footprint import Rules, imagine, peak, state_bytes, step, weight_bytes
 from loratune.recipe.parse import RecipeCLI
+from loratune.recipe.rules import FROM_BASE
 from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
-from loratune.training.memory import FROM_BASE
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LOOKED_AT = 1000
@@ -181,7 +181,7 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
     collection, sizes = data.collection, set()
     for number in range(0, len(collection), max(1, len(collection) // LOOKED_AT)):
         source, row = collection.at(number)
-        with suppress(OSError):  # an unreadable image is told of when the run begins
+        with suppress(OSError):  # an unreadable image is reported when the run begins
             sizes.add(collection.entry(source, row, collection.sources[source][row]).bucket[::-1])
     return sorted(sizes)
 
@@ -256,7 +256,7 @@ def parse_memory(text: str) -> int:
 
 
 def changes(cli: RecipeCLI) -> Iterator[tuple[str, list[str]]]:
-    """What would take less memory, the least harmful first: the key as told, and the words that set it."""
+    """What would take less memory, the least harmful first: the key as shown, and the words that set it."""
     module: Any = cli.model
     memory, data = module.memory, cli.datamodule
     lora: Any = getattr(module, "lora", None)

@@ -70,15 +70,6 @@ def check_data(chosen: Any) -> None:
     parser.add_lightning_class_args(CaptionedImages, "data")
     data: CaptionedImages = parser.instantiate_classes(Namespace(data=chosen.data)).data
     model = chosen.model.get("init_args") or chosen.model
-    memory = model.get("memory")
-    if memory is not None and memory.unload_encoders and (data.captions.changes_tags or not data.cache_latents):
-        key = (
-            "cache_latents is false"
-            if not data.cache_latents
-            else "captions.shuffle_tags and tag_dropout make captions"
-        )
-        told = f"model.memory.unload_encoders is true, but data.{key}, which have to be encoded in each step"
-        raise ValueError(f"{told}; set model.memory.unload_encoders: false")
     if is_first() and data.strict:
         refuse_faults(data, model)
     elif is_first():

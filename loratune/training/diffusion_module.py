@@ -53,12 +53,8 @@ class DiffusionModule(L.LightningModule):
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if trainable is None or trainable:
-            memory.check_full()
         if (base is None) == (architecture is None):
             raise ValueError("base and architecture: give one of them, a base that is there or the sizes of a new one")
-        if base is not None:
-            objective.check_named(base)
         self.base_name = base or type(architecture).__name__
         self.model = architecture.build() if architecture else load_model(str(base), memory.torch_dtype, vae_exact=True)
         self.memory = memory
@@ -109,7 +105,7 @@ class DiffusionModule(L.LightningModule):
         return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, rank)
 
     def _condition(self, batch: dict[str, Any], dropped: Tensor | None) -> Condition:
-        """What the network is told; without a caption where `dropped` (B,) says so."""
+        """The network's conditioning; of the empty caption where `dropped` (B,) is true."""
         if not self.text_is_frozen or "condition" not in batch:
             if dropped is None:
                 return self.model.encode_prompts(batch["caption"])

@@ -132,7 +132,7 @@ class Told:
     global_step = 0
 
 
-def test_learning_by_heart_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_overfitting_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     watcher = Evaluate()
 
     def at(step: int, held_out: float, training: float) -> None:
