@@ -19,7 +19,7 @@ import numpy as np
 
 from loratune.errors import UserError
 from loratune.families.slots import Slot
-from loratune.formats.numbers import FLOATS, Array, Bytes, narrowed, spacing, widened
+from loratune.formats.numbers import FLOATS, Array, Bytes, narrowed, spacing, too_large, widened
 from loratune.formats.streaming import Output, Range, Writer, without
 from loratune.lora.plain import PlainLayer
 
@@ -135,10 +135,11 @@ def _add(raw: Bytes, dtype: str, kind: Any, change: Array, unmerge: bool) -> Tal
         new = narrowed(total, dtype)
         tally.doubtful, tally.bound, tally.expected = left_over(w, total, new, dtype)
     else:
-        new = narrowed(np.add(w, change), dtype)
+        total = np.add(w, change)
+        new = narrowed(total, dtype)
     # No element is larger than the norms together; NaN is not less than anything.
     if not math.sqrt(tally.base) + math.sqrt(tally.change) < FLOATS[dtype].largest:
-        tally.damaged, tally.beyond = _not_finite(w), _not_finite(widened(new, dtype))
+        tally.damaged, tally.beyond = _not_finite(w), too_large(total, dtype)
     integers = INTEGERS[len(raw) // max(1, w.size)]
     tally.unchanged = w.size - int(np.count_nonzero(new.view(integers) != raw.view(integers)))
     raw[:] = new
