@@ -34,10 +34,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_num_groups=4,
     )
     vae.save_pretrained(folder / "vae")
-    family = NewStableDiffusion(
+    new = NewStableDiffusion(
         folder / "vae", channels=(16, 32), heads=(2, 2), text_width=16, text_layers=1, latent_size=8
     )
-    save_diffusers_folder(family, folder / "tiny", torch.float32)
+    save_diffusers_folder(new.build(), folder / "tiny", torch.float32)
     return folder / "tiny"
 
 
@@ -96,15 +96,15 @@ def tiny_weights() -> Callable[..., dict[str, dict[str, torch.Tensor]]]:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with an SDXL of random weights: two text encoders of widths 8 and 12."""
+    from loratune.families.known import family_of
     from loratune.families.load import build, tokenizers_of
-    from loratune.families.pipelines import pipeline_of
     from loratune.families.save import save_diffusers_folder
 
     configs = shrunk("sdxl")
     configs["unet"] |= {"block_out_channels": [8, 16, 24], "layers_per_block": 1}
     folder = tmp_path_factory.mktemp("sdxl")
-    tokenizers = tokenizers_of(folder, pipeline_of(configs))
-    family = build(configs, random_weights(configs), tokenizers, torch.float32, "tiny", ())
+    tokenizers = tokenizers_of(folder, family_of(configs))
+    family = build(configs, random_weights(configs), tokenizers, torch.float32, "tiny")
     save_diffusers_folder(family, folder / "tiny", torch.float32)
     return folder / "tiny"
 

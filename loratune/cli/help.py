@@ -22,16 +22,16 @@ class VerbHelp(DefaultHelpFormatter):
     def _get_help_string(self, action: Action) -> str:
         text = (action.help or "").rstrip(".").replace("%", "%%")
         if action.dest == "help":
-            return "show this help and leave"
+            return "show this help and exit"
         if action.required and action.option_strings:
             return f"{text} (required)"
-        told = isinstance(action.default, (int, float)) and action.default is not False
-        told = told or action.default not in (None, False, [], "", "==SUPPRESS==")
-        return f"{text} (default: {_plain(action.default)})" if told else text
+        shown = isinstance(action.default, (int, float)) and action.default is not False
+        shown = shown or action.default not in (None, False, [], "", "==SUPPRESS==")
+        return f"{text} (default: {_plain(action.default)})" if shown else text
 
 
 def _plain(value: Any) -> str:
-    return " ".join(str(one) for one in value) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(str(item) for item in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _is_flag(action: Action) -> bool:

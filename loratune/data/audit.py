@@ -68,7 +68,7 @@ class SourceCount:
 
 @dataclass(frozen=True)
 class Audit:
-    """Everything that was found.
+    """The report on a recipe's images.
 
     Args:
         sources: in numbers.
@@ -192,13 +192,13 @@ def audit(
     each = often(collection.settings, [sum(e.source == s for e in trained) for s in range(len(collection.settings))])
     order = BatchOrder(groups(trained, each), [entry.bucket for entry in trained], batch_size, 0)
     counts = _counts(collection, readable, out, trained, order)
-    found = [
+    findings = [
         *_faults(collection, seen),
         *_captions([entry for _, entry in readable], count_tokens, room),
         *_doubles(readable, out),
         *_sizes(readable, out, trained, order, each),
     ]
-    kept = tuple(sorted((one for one in found if one.names), key=lambda one: not one.serious))
+    kept = tuple(sorted((one for one in findings if one.names), key=lambda one: not one.serious))
     batches = len(order)
     tags = _tags([entry for _, entry in readable], collection.captions.separator)
     return Audit(counts, dict(Counter(entry.bucket for entry in trained)), batches, tags, kept)

@@ -1,4 +1,4 @@
-"""Encoded images and captions on disk, found by what made them and checked when read."""
+"""Encoded images and captions on disk, keyed by a hash of their inputs and checked when read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1  # of what the encoders here do to an image before the VAE sees it
 
 
 def key_of(**made_from: str | int) -> str:
-    """The name of an entry: a hash of everything that made it, so that a change never finds the old one."""
+    """The key of an entry: a hash of all its inputs, so that a change never hits an old entry."""
     text = json.dumps({"version": VERSION, **made_from}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

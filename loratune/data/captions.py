@@ -47,7 +47,7 @@ class Captions:
         return self.shuffle_tags or self.tag_dropout > 0
 
     def read(self, written: Sequence[str], prefix: str) -> tuple[str, ...]:
-        """An image's captions as written, with the prefix, and as many as are told apart; never none."""
+        """An image's captions, each with the prefix; at least one."""
         if self.lines:
             written = [line.strip() for text in written for line in text.splitlines() if line.strip()]
         return tuple(prefix + text for text in written) or (prefix,)
@@ -57,7 +57,7 @@ class Captions:
         return captions[:1] if self.choose == "first" else captions
 
     def draw(self, captions: Sequence[str], prefix: str, random: Random) -> str:
-        """What is told of an image this time.
+        """The caption of an image this time.
 
         Args:
             captions: as `read` gives them.

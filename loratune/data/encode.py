@@ -1,4 +1,4 @@
-"""What the frozen parts of a base make of images and captions, once, through the cache."""
+"""Latents and text embeddings of images and captions, encoded once and cached."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from loratune.data.cache import Cache, key_of
 from loratune.data.collection import Collection
 from loratune.data.entries import MIDDLE, Entry, View
 from loratune.data.masks import mask_tensor
+from loratune.families.family import Role
 from loratune.formats.files import tensors_hash
 from loratune.formats.images import normalise, open_image, to_tensor
 
 
 class Encodes(Protocol):
-    """What is asked of a model family here."""
+    """What is asked of a model here."""
 
     device: torch.device
 
@@ -36,6 +37,9 @@ class Encodes(Protocol):
     def components(self) -> dict[str, nn.Module]:
         """Parts with weights, by name."""
 
+    def names(self, role: Role) -> tuple[str, ...]:
+        """The components with a role."""
+
     def text_settings(self) -> str:
         """What decides beside the weights what captions are encoded as."""
 
@@ -45,7 +49,7 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of entries in the cache, made of all that decides what is in them.
+    """Names of cache entries, hashes of everything that decides their content.
 
     Args:
         vae: hash of its weights.
@@ -99,18 +103,18 @@ class Encoder:
     """Reads encoded samples from the cache and encodes what is not there.
 
     Args:
-        family: the base; only its VAE and text encoders are used.
+        model: the base; only its VAE and text encoders are used.
         cache: folder of the cache.
         text: whether captions are encoded too (not while the text encoder is trained).
     """
 
-    def __init__(self, family: Encodes, cache: Path, text: bool) -> None:
-        self.family, self.cache, self.text = family, Cache(cache), text
-        parts = family.components()
+    def __init__(self, model: Encodes, cache: Path, text: bool) -> None:
+        self.model, self.cache, self.text = model, Cache(cache), text
+        parts = model.components()
         self.keys = Keys(
-            _weights_hash([part for name, part in parts.items() if name == "vae"]),
-            _weights_hash([part for name, part in parts.items() if name.startswith("text_encoder")]),
-            family.text_settings() if text else "",
+            _weights_hash([parts[name] for name in model.names("vae")]),
+            _weights_hash([parts[name] for name in model.names("text_encoder")]),
+            model.text_settings() if text else "",
         )
 
     def posterior(self, entry: Entry, view: View, pixels: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -118,7 +122,7 @@ class Encoder:
         return self._get(self.keys.image(entry, view), lambda: self._encode_image(pixels()))
 
     def condition(self, caption: str) -> dict[str, Tensor]:
-        """What the network is told for a caption."""
+        """The conditioning of a caption."""
         return self._get(self.keys.caption(caption), lambda: self._encode_prompt(caption))
 
     def mask(self, entry: Entry, view: View, latents: Size, data: Callable[[], bytes | None]) -> Tensor:
@@ -146,12 +150,12 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_image(self, pixels: Tensor) -> dict[str, Tensor]:
-        pixels = normalise(pixels)[None].to(self.family.device)
-        return {name: value[0].cpu() for name, value in self.family.encode_images(pixels).items()}
+        pixels = normalise(pixels)[None].to(self.model.device)
+        return {name: value[0].cpu() for name, value in self.model.encode_images(pixels).items()}
 
     @torch.no_grad()
     def _encode_prompt(self, caption: str) -> dict[str, Tensor]:
-        return {name: value[0].cpu() for name, value in self.family.encode_prompts([caption]).items()}
+        return {name: value[0].cpu() for name, value in self.model.encode_prompts([caption]).items()}
 
 
 class Look(NamedTuple):

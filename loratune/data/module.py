@@ -28,6 +28,7 @@ from loratune.data.settings import SourceConfig, gathered, left_out
 from loratune.data.shares import Rows, Shares
 from loratune.data.sources import read_source
 from loratune.errors import UserError
+from loratune.families.conditions import stack_conditions
 from loratune.formats.images import normalise
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,7 @@ NAMED = 10
 
 
 class CaptionedImages(L.LightningDataModule):
-    """Captioned images as training batches; latents and text embeddings of a frozen VAE and text encoder are cached on
-    disk.
+    """Captioned images as training batches, their latents and text embeddings cached on disk.
 
     Args:
         path: a folder with .txt captions, metadata.jsonl or metadata.csv; a .jsonl, .csv or .parquet file; a folder
@@ -166,7 +166,7 @@ class CaptionedImages(L.LightningDataModule):
                 if not collection.entry(number, index, sample).mask:
                     bare.append(Path(sample.name).name)
             except OSError:
-                continue  # told of when it is read
+                continue  # reported when it is read
         if len(bare) == len(source):
             raise UserError(
                 f"{config.masks}: has a mask for none of the images of {config.path}; give them their names"
@@ -195,28 +195,28 @@ class CaptionedImages(L.LightningDataModule):
         self.training = Samples(training, collection, encoder, self.cache_latents)
         self.held_out = Samples(held_out, collection, encoder, self.cache_latents)
 
-    def check_sizes(self, family: Any) -> None:
+    def check_sizes(self, model: Any) -> None:
         """See that a base can be given the recipe's sizes.
 
         Args:
-            family: has `latent_shape`, which raises UserError for a side that it cannot take.
+            model: has `latent_shape`, which raises UserError for a side that it cannot take.
 
         Raises:
             UserError: it cannot; the message names the key.
         """
         try:
             side = self.resolution if self.buckets is None else self.buckets.step
-            family.latent_shape(side, side)
+            model.latent_shape(side, side)
         except UserError as error:
             key = "resolution" if self.buckets is None else "buckets.step"
             raise UserError(f"data.{key}: {error}; change data.{key}") from None
 
     def _encoder(self, module: Any) -> Encoder:
         assert self.trainer is not None
-        self.check_sizes(module.family)
+        self.check_sizes(module.model)
         text = module.text_is_frozen and not self.captions.changes_tags
-        encoder = Encoder(module.family, self.cache_dir, text)
-        encoder.family.to(self.trainer.strategy.root_device)
+        encoder = Encoder(module.model, self.cache_dir, text)
+        encoder.model.to(self.trainer.strategy.root_device)
         return encoder
 
     def _entries(self, collection: Collection, encoder: Encoder | None) -> list[Entry]:
@@ -259,7 +259,7 @@ class CaptionedImages(L.LightningDataModule):
         if self.cache_latents or module is None or module.batch_kind != "latents":
             return batch
         with torch.no_grad():
-            return batch | module.family.encode_images(normalise(batch["pixels"]))
+            return batch | module.model.encode_images(normalise(batch["pixels"]))
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.training is not None
@@ -306,7 +306,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Encoded samples, found by their index, or by a `Draw` from which all that is random of them follows.
+    """Encoded samples, by index, or by a `Draw`, from which everything random about them follows.
 
     Args:
         entries: the samples.
@@ -361,9 +361,11 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples as one batch: tensors are stacked, names and captions stay lists."""
+    """Samples as one batch: tensors are stacked, conditions of unequal length padded; names and captions stay lists."""
     batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in ("name", "caption")}
     if "share" in samples[0]:
         batch["share"] = samples[0]["share"]
+    if "condition" in samples[0]:
+        batch["condition"] = stack_conditions([sample["condition"] for sample in samples])
     rest = [{key: value for key, value in sample.items() if key not in batch} for sample in samples]
     return batch | default_collate(rest)

@@ -60,10 +60,10 @@ class Shares(Sampler[list[Row]]):
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """Samples found by `Row`, each with its `share`: its process's first row, and the rows of the whole batch.
+    """Samples by `Row`, each with its `share`: its process's first row, and the rows of the whole batch.
 
     Args:
-        samples: found by their index.
+        samples: by index.
     """
 
     def __init__(self, samples: Any) -> None:

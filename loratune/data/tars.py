@@ -1,4 +1,4 @@
-"""Captioned images in the tar files of a webdataset, found again by their place in them."""
+"""Captioned images in the tar files of a webdataset, read at their offsets."""
 
 from __future__ import annotations
 

@@ -80,24 +80,6 @@ def recorded(network: Any, rows: int = 1) -> Iterator[Maps]:
         network.set_attn_processor(before)
 
 
-def words_of(pieces: Sequence[str], end: str = "</w>") -> list[tuple[str, list[int]]]:
-    """Words and the numbers of their tokens, from tokens as CLIP's tokenizer writes them: a word ends in `end`.
-
-    Args:
-        pieces: tokens of a prompt, without the special ones before and after.
-        end: of a word.
-    """
-    words: list[tuple[str, list[int]]] = []
-    open_word = False
-    for number, piece in enumerate(pieces):
-        if not open_word:
-            words.append(("", []))
-        word, places = words[-1]
-        words[-1] = (word + piece.removesuffix(end), [*places, number])
-        open_word = not piece.endswith(end)
-    return words
-
-
 def shares(maps: Tensor, words: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
     """What each word has of all that is seen of words, at each place: (words, h, w), which add up to 1.
 

@@ -31,7 +31,7 @@ from loratune.evaluation.paired import (
     levels as middles,
 )
 from loratune.evaluation.run_page import write_page
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.lora.norms import norms_by_block
 from loratune.runs.loggers import log_numbers, log_warning
 from loratune.runs.progress import run_length, working
@@ -99,7 +99,7 @@ class Evaluate(L.Callback):
             strategy = type(trainer.strategy).__name__
             log.warning("evaluation: not under %s, which cuts the weights; nothing is compared with the base", strategy)
             return
-        self._steps = len(pl_module.family.noise_schedule)
+        self._steps = len(pl_module.model.noise_schedule)
         with evaluating(trainer, pl_module), base_alone(pl_module):
             self._sets = self._choose(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             self._base = self._outputs(trainer, pl_module)
@@ -131,10 +131,10 @@ class Evaluate(L.Callback):
         """The last comparison, and the figures; the LoRA is on disk, and whatever fails here is lost alone."""
         if self._base and self._at != trainer.global_step:
             log_numbers(trainer, self._compare(trainer, pl_module), trainer.global_step)
-        family = getattr(pl_module, "family", None)
+        model = getattr(pl_module, "model", None)
         unloaded = getattr(getattr(pl_module, "memory", None), "unload_encoders", False)
-        if self.figures and isinstance(family, Family) and not unloaded and draws(trainer):
-            draw_figures(trainer, pl_module, family, self.seed)
+        if self.figures and isinstance(model, Model) and not unloaded and draws(trainer):
+            draw_figures(trainer, pl_module, model, self.seed)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
@@ -146,7 +146,7 @@ class Evaluate(L.Callback):
         sets: dict[str, list[Chunk]] = {}
         for name, rows in ((HELD_OUT, data.held_out), (TRAINING, _own(data))):
             if len(rows) and self.images:
-                sets[name] = fixed_chunks(module.family, rows, self.images, data.batch_size)
+                sets[name] = fixed_chunks(module.model, rows, self.images, data.batch_size)
         if self.prompts and len(_own(data)):
             sets[PROMPTS] = neutral_chunks(module, _own(data), self.prompts, data.batch_size)
         return sets
@@ -203,7 +203,7 @@ class Evaluate(L.Callback):
         (t, losses), module.latest = module.latest, None
         if self._sums is None:
             self._sums = torch.zeros(2, self.levels, device=losses.device)
-        steps = len(module.family.noise_schedule)
+        steps = len(module.model.noise_schedule)
         self._sums = add_losses(self._sums.to(losses.device), t, losses, steps)
         done = trainer.global_step
         if done == self._step or done % trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ class Evaluate(L.Callback):
         every = trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(every, Tensor)
         ranges = zip(range_names(steps, self.levels), mean_losses(every), strict=True)
-        # Not by the module's log, which would tell of a range in which nothing fell what it told of it before.
+        # Not by the module's log, which would repeat the last value of a range that no timestep fell into.
         log_numbers(trainer, {f"train/loss_{name}": mean for name, mean in ranges if mean == mean}, done - 1)
         self._sums = torch.zeros_like(self._sums)
 

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loratune.evaluation.attention import Maps, recorded, shares, words_of
+from loratune.evaluation.attention import Maps, recorded, shares
 from loratune.evaluation.grids import captioned
 from loratune.evaluation.paired import evaluating, fixed_chunks
 from loratune.evaluation.strips import evenly, forward_states, heat, strip
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.families.sampling import sample_latents
-from loratune.families.sd import StableDiffusion
 from loratune.formats.atomic import atomic_path, tolerated
 from loratune.formats.images import to_image
 from loratune.runs.loggers import log_image
@@ -39,11 +38,11 @@ def save_figure(trainer: L.Trainer, image: Image.Image, name: str, tag: str) -> 
     log_image(trainer, image, tag)
 
 
-def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, seed: int) -> None:
+def draw_figures(trainer: L.Trainer, module: L.LightningModule, model: Model, seed: int) -> None:
     """Draw and save them; whatever fails at it, such as a device without the memory, loses them and not the run."""
     try:
         with evaluating(trainer, module):
-            images = figures(family, getattr(trainer, "datamodule", None), seed)
+            images = figures(model, getattr(trainer, "datamodule", None), seed)
             for name, image in images.items() if trainer.is_global_zero else ():
                 save_figure(trainer, image, name, f"figures/{name}")
     except Exception as error:
@@ -52,23 +51,23 @@ def draw_figures(trainer: L.Trainer, module: L.LightningModule, family: Family, 
 
 
 @torch.no_grad()
-def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
+def figures(model: Model, data: Any, seed: int) -> dict[str, Image.Image]:
     """Images by the names of report.strips.FIGURES.
 
     Args:
-        family: the base with its adapter.
+        model: the base with its adapter.
         data: the run's data; a held-out image is taken, or one of the training's.
         seed: of the noise.
     """
     rows = data.held_out if len(data.held_out) else data.training
     number = telling([entry.caption for entry in rows.entries[:LOOKED_AT]])
     caption = rows.entries[number].caption
-    chunk = fixed_chunks(family, [rows[number]], 1, 1)[0]
-    x_0 = chunk.x_0[0].to(family.device)
-    steps = evenly(len(family.noise_schedule), SHOWN)
+    chunk = fixed_chunks(model, [rows[number]], 1, 1)[0]
+    x_0 = chunk.x_0[0].to(model.device)
+    steps = evenly(len(model.noise_schedule), SHOWN)
     noise = torch.randn(x_0.shape, generator=generator("cpu", seed, "forward")).to(x_0)
-    states = forward_states(x_0, noise, family.noise_schedule.at, steps)
-    images = {"forward": strip(_decoded(family, states), [f"t = {t}" for t in steps])}
+    states = forward_states(x_0, noise, model.noise_schedule.at, steps)
+    images = {"forward": strip(_decoded(model, states), [f"t = {t}" for t in steps])}
     estimates: list[Tensor] = []
 
     def keep(done: int, estimate: Tensor) -> None:
@@ -76,19 +75,18 @@ def figures(family: Family, data: Any, seed: int) -> dict[str, Image.Image]:
 
     def drawn() -> Tensor:
         return sample_latents(
-            family, [caption], [seed], data.resolution, data.resolution, STEPS, GUIDANCE, on_estimate=keep
+            model, [caption], [seed], data.resolution, data.resolution, STEPS, GUIDANCE, on_estimate=keep
         )
 
-    if isinstance(family, StableDiffusion):
-        with recorded(family.network) as maps:
+    if words := model.words(caption):
+        with recorded(model.network) as maps:
             end = drawn()
-        words = _words(family, caption, maps, _decoded(family, end)[0], end.shape[-1])
-        images |= {"words": words} if words else {}
+        images["words"] = _words(words, maps, _decoded(model, end)[0], end.shape[-1])
     else:
         end = drawn()
     if estimates:
         kept = evenly(len(estimates), SHOWN)
-        shown = _decoded(family, [estimates[at] for at in kept])
+        shown = _decoded(model, [estimates[at] for at in kept])
         images["reverse"] = strip(shown, [f"step {at + 1}" for at in kept])
     return images
 
@@ -99,19 +97,12 @@ def telling(captions: Sequence[str]) -> int:
     return max(range(len(counts)), key=lambda at: counts[at] if counts[at] <= MOST_WORDS else 0)
 
 
-def _decoded(family: Family, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
+def _decoded(model: Model, latents: Sequence[Tensor] | Tensor) -> list[Image.Image]:
     # One at a time: a VAE's memory for one image is known to be there.
-    return [to_image(family.decode(latent[None]).clamp(-1, 1)[0]) for latent in latents]
+    return [to_image(model.decode(latent[None]).clamp(-1, 1)[0]) for latent in latents]
 
 
-def _words(family: StableDiffusion, caption: str, maps: Maps, image: Image.Image, side: int) -> Image.Image | None:
-    tokenizer: Any = family.tokenizer
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)[1:-1]
-    words = [(word, [at + 1 for at in places]) for word, places in words_of(pieces)]
-    window = family.text_encoder.config.max_position_embeddings - 1
-    words = [(word, places) for word, places in words if places[-1] < window]
-    if not words or not maps.sums:
-        return None
+def _words(words: Sequence[tuple[str, Sequence[int]]], maps: Maps, image: Image.Image, side: int) -> Image.Image:
     seen = shares(maps.tokens(side), words)
     names = ["the image", *(word for word, _ in words[:MOST_WORDS])]
     images = [image, *(heat(image, share) for share in seen[:MOST_WORDS])]

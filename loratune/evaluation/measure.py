@@ -12,9 +12,8 @@ from torch import Tensor
 from loratune.data.sources import read_source
 from loratune.diffusion.objective import psnr
 from loratune.evaluation.quality import colourfulness, colours, nearest_rate, shapes, share_of_the_way
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.families.sampling import sample_images
-from loratune.families.sd import StableDiffusion
 from loratune.formats.images import normalise, open_image, square, to_tensor
 from loratune.lora.load import load_with
 
@@ -45,34 +44,34 @@ def read_images(data: str, size: int) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def measure_vae(family: StableDiffusion, reals: Tensor) -> dict[str, Any]:
+def measure_vae(model: Model, reals: Tensor) -> dict[str, Any]:
     """Mean PSNR of the VAE's reconstructions (of the posterior's mean), in dB."""
     values = []
-    for part in track(reals.to(family.device).split(16), description="VAE", transient=True):
-        x = family.x_0(family.encode_images(part), None)
-        values.append(psnr(family.decode(x), part))
+    for part in track(reals.to(model.device).split(16), description="VAE", transient=True):
+        x = model.x_0(model.encode_images(part), None)
+        values.append(psnr(model.decode(x), part))
     return {"psnr_db": round(float(torch.cat(values).mean()), 2), "images": len(reals)}
 
 
-def draw_all(family: Family, captions: Sequence[str], sampling: Sampling) -> Tensor:
+def draw_all(model: Model, captions: Sequence[str], sampling: Sampling) -> Tensor:
     """An image for each caption, seeds counting on from the first; (N, 3, size, size) on the CPU."""
     images = []
     for start in track(range(0, len(captions), 16), description="drawing", transient=True):
         part = captions[start : start + 16]
         seeds = [sampling.seed + start + i for i in range(len(part))]
         side, steps, scale = sampling.size, sampling.steps, sampling.guidance_scale
-        images.append(sample_images(family, part, seeds, side, side, steps, scale).cpu())
+        images.append(sample_images(model, part, seeds, side, side, steps, scale).cpu())
     return torch.cat(images)
 
 
 def measure_nearest(
-    family: StableDiffusion, reals: Tensor, captions: Sequence[str], samples: int, sampling: Sampling
+    model: Model, reals: Tensor, captions: Sequence[str], samples: int, sampling: Sampling
 ) -> dict[str, Any]:
     """The nearest-image rates over samples of captions chosen at random."""
     seed = sampling.seed
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(captions), generator=random)[:samples]
-    images = draw_all(family, [captions[i] for i in chosen.tolist()], sampling)
+    images = draw_all(model, [captions[i] for i in chosen.tolist()], sampling)
     rates = {by.__name__: round(nearest_rate(images, reals, chosen, by, seed=seed), 4) for by in BY}
     named = {f"nearest_of_20_by_{name}": rate for name, rate in rates.items()}
     return named | {"samples": len(chosen), "guidance_scale": sampling.guidance_scale, "steps": sampling.steps}

@@ -17,9 +17,10 @@ from loratune.data.module import collate
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
 from loratune.errors import UserError
-from loratune.families.family import Family
+from loratune.families.architectures import canonical_module_name
+from loratune.families.model import Model
 from loratune.formats.images import normalise
-from loratune.lora.inject import adapted_layers, canonical, factors
+from loratune.lora.inject import adapted_layers, factors
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import averaged
 from loratune.training.objectives import mask_of
@@ -41,7 +42,7 @@ class Chunk(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a network made of a set of n images at k steps.
+    """A network's losses and outputs on a set of n images at k timesteps.
 
     Args:
         losses: mean squared error of each, (n, k) in float64 on the CPU.
@@ -96,11 +97,11 @@ def spread(count: int, most: int) -> list[int]:
     return [index * count // most for index in range(most)] if count > most else list(range(count))
 
 
-def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]:
+def fixed_chunks(model: Model, rows: Any, most: int, size: int) -> list[Chunk]:
     """Some of a data set's images, always the same, in chunks of at most `size` images of one shape.
 
     Args:
-        family: the base; of what its VAE made the mean is taken.
+        model: the base; of what its VAE made the mean is taken.
         rows: samples by their index.
         most: how many images.
         size: of a chunk.
@@ -113,17 +114,17 @@ def fixed_chunks(family: Family, rows: Any, most: int, size: int) -> list[Chunk]
     for alike in shapes.values():
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
-            batch = _encoded(family, collate([sample for _, sample in part]))
-            chunks.append(Chunk([number for number, _ in part], family.x_0(batch, None).cpu(), batch))
+            batch = _encoded(model, collate([sample for _, sample in part]))
+            chunks.append(Chunk([number for number, _ in part], model.x_0(batch, None).cpu(), batch))
     return chunks
 
 
-def _encoded(family: Family, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch as the network's family starts from it; images that are in no cache are encoded here."""
-    if family.batch_kind != "latents" or "mean" in batch:
+def _encoded(model: Model, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as the network starts from it; images that are in no cache are encoded here."""
+    if model.batch_kind != "latents" or "mean" in batch:
         return batch
     with torch.no_grad():
-        encoded = family.encode_images(normalise(batch["pixels"]).to(family.device))
+        encoded = model.encode_images(normalise(batch["pixels"]).to(model.device))
     kept = {name: value for name, value in batch.items() if name != "pixels"}
     return kept | {name: value.cpu() for name, value in encoded.items()}
 
@@ -138,11 +139,11 @@ def neutral_chunks(module: DiffusionModule, rows: Any, prompts: Sequence[str], s
         size: of a chunk.
     """
     chunks = []
-    for chunk in fixed_chunks(module.family, rows, len(prompts), size):
+    for chunk in fixed_chunks(module.model, rows, len(prompts), size):
         texts = [prompts[number] for number in chunk.numbers]
         batch = {**chunk.batch, "name": texts, "caption": texts}
         if module.text_is_frozen:
-            batch["condition"] = {name: value.cpu() for name, value in module.family.encode_prompts(texts).items()}
+            batch["condition"] = {name: value.cpu() for name, value in module.model.encode_prompts(texts).items()}
         chunks.append(chunk._replace(batch=batch))
     return chunks
 
@@ -162,20 +163,19 @@ def outputs(
     The noise follows from the set's name, the image's number, the step's and the seed: no generator is moved.
     `on_pass` is called after each pass through the network, of which there are `count` for a chunk.
     """
-    family, device = module.family, module.device
+    model, device = module.model, module.device
     losses = torch.zeros(sum(len(chunk.numbers) for chunk in chunks), count, dtype=torch.float64)
     kept: list[Tensor] = []
     for chunk in chunks:
         batch = move_data_to_device(chunk.batch, device)
         x_0, condition = chunk.x_0.to(device), module._condition(batch, None)
-        if "sizes" in batch:
-            condition = {**condition, "sizes": batch["sizes"]}
-        for part, step in enumerate(levels(len(family.noise_schedule), count)):
+        condition = model.family.conditioned(condition, batch)
+        for part, step in enumerate(levels(len(model.noise_schedule), count)):
             drawn = [torch.randn(x_0.shape[1:], generator=generator("cpu", seed, name, n, part)) for n in chunk.numbers]
             noise, t = torch.stack(drawn).to(device), torch.full((len(drawn),), step, device=device)
-            a, b = family.noise_schedule.at(t, x_0)
-            output = family.denoise(diffuse(x_0, noise, a, b), family.noise_schedule.time(t), condition)
-            error = weighted_error(output, target(family.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
+            a, b = model.noise_schedule.at(t, x_0)
+            output = model.denoise(diffuse(x_0, noise, a, b), model.noise_schedule.time(t), condition)
+            error = weighted_error(output, target(model.prediction, x_0, noise, a, b), mask=mask_of(batch, x_0))
             losses[chunk.numbers, part] = error.double().cpu()
             on_pass()
             if keep:
@@ -207,9 +207,9 @@ def base_alone(module: Any) -> Iterator[None]:
     """
     start: Mapping[str, tuple[Tensor, Tensor]] = getattr(module, "_start", {})
     with ExitStack() as stack:
-        for component, part in module.family.components().items():
+        for component, part in module.model.components().items():
             for name, layer in adapted_layers(part).items():
-                if initial := start.get(f"{component}.{canonical(component, name)}"):
+                if initial := start.get(f"{component}.{canonical_module_name(component, part, name)}"):
                     own = factors(layer)
                     stack.enter_context(_holding(own["down"], initial[0]))
                     stack.enter_context(_holding(own["up"], initial[1]))
@@ -249,11 +249,11 @@ def check_weights(module: Any, weights: Sequence[float]) -> None:
     """
     if not any(adapted_layers(part) for part in _parts(module)):
         if any(weight != 1 for weight in weights):
-            raise UserError(f"samples.weights is {list(weights)}, but there is no LoRA to weigh; leave it out")
+            raise UserError(f"samples.lora_scales is {list(weights)}, but there is no LoRA to weigh; leave it out")
         return
     if getattr(module, "_start", {}) and (odd := [weight for weight in weights if weight not in (0, 1)]):
         reason = "with lora.init pissa and olora only 0 and 1 can be drawn"
-        raise UserError(f"samples.weights has {odd[0]:g}: {reason}; change either")
+        raise UserError(f"samples.lora_scales has {odd[0]:g}: {reason}; change either")
 
 
 @contextmanager
@@ -280,8 +280,8 @@ def weighted(module: Any, weight: float) -> Iterator[None]:
 
 
 def _parts(module: Any) -> Sequence[nn.Module]:
-    family = getattr(module, "family", None)
-    return list(family.components().values()) if family is not None else []
+    model = getattr(module, "model", None)
+    return list(model.components().values()) if model is not None else []
 
 
 def rise(now: Tensor, best: Tensor) -> Gap | None:
@@ -292,7 +292,7 @@ def rise(now: Tensor, best: Tensor) -> Gap | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found at a step.
+    """The comparison at a step.
 
     Args:
         step: of the run.

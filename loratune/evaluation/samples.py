@@ -14,7 +14,7 @@ from torch import Tensor
 from loratune.evaluation.figures import save_figure
 from loratune.evaluation.grids import captioned, grid
 from loratune.evaluation.paired import check_weights, evaluating, weighted
-from loratune.families.family import Family
+from loratune.families.model import Model
 from loratune.families.sampling import sample_images
 from loratune.formats.images import to_image
 from loratune.runs.loggers import log_text
@@ -31,8 +31,8 @@ class SampleGrid(L.Callback):
         seed: of the first prompt; each next prompt adds 1.
         steps: inference steps of the sampler.
         guidance_scale: of classifier-free guidance; 1 turns it off.
-        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
-        weights: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
+        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc; by default the first that the base's family has.
+        lora_scales: LoRA scales, a row of images for each; 0 is the base, 1 the LoRA as trained.
     """
 
     def __init__(
@@ -42,14 +42,16 @@ class SampleGrid(L.Callback):
         seed: int = 0,
         steps: int = 20,
         guidance_scale: float = 4.0,
-        sampler: str = "ddim",
-        weights: tuple[float, ...] = (1.0,),
+        sampler: str | None = None,
+        lora_scales: tuple[float, ...] = (1.0,),
     ) -> None:
         if every_n_steps < 0 or steps < 1:
             raise ValueError("samples: give every_n_steps of 0 or more, and steps of 1 or more")
-        if not weights or not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"samples.weights is {list(weights)}; give one number or more, such as [0, 0.5, 1]")
-        self.weights = tuple(weights)
+        if not lora_scales or not all(math.isfinite(scale) for scale in lora_scales):
+            raise ValueError(
+                f"samples.lora_scales is {list(lora_scales)}; give one number or more, such as [0, 0.5, 1]"
+            )
+        self.lora_scales = tuple(lora_scales)
         self.prompts, self.every_n_steps, self.seed = prompts, every_n_steps, seed
         self.steps, self.guidance_scale, self.sampler = steps, guidance_scale, sampler
         self._sampled_at, self._first = -1, True
@@ -57,8 +59,8 @@ class SampleGrid(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse LoRA scales that cannot be applied."""
-        if self.every_n_steps and self.weights != (1.0,):
-            check_weights(pl_module, self.weights)
+        if self.every_n_steps and self.lora_scales != (1.0,):
+            check_weights(pl_module, self.lora_scales)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._maybe(trainer, pl_module)
@@ -75,9 +77,9 @@ class SampleGrid(L.Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        family = getattr(pl_module, "family", None)
+        model = getattr(pl_module, "model", None)
         step = trainer.global_step
-        if not isinstance(family, Family) or not draws(trainer) or step == self._sampled_at:
+        if not isinstance(model, Model) or not draws(trainer) or step == self._sampled_at:
             return
         if step == 0 and not self.prompts:  # before the first step only what the recipe itself asks for
             return
@@ -85,8 +87,8 @@ class SampleGrid(L.Callback):
         prompts = self.prompts or _captions(trainer)
         with evaluating(trainer, pl_module):
             batches = len(range(0, len(prompts), trainer.datamodule.batch_size))  # type: ignore[attr-defined]
-            with working(trainer, "samples", batches * self.steps * len(self.weights)) as count:
-                rows = [self._row(trainer, pl_module, family, prompts, weight, count) for weight in self.weights]
+            with working(trainer, "samples", batches * self.steps * len(self.lora_scales)) as count:
+                rows = [self._row(trainer, pl_module, model, prompts, scale, count) for scale in self.lora_scales]
         if not trainer.is_global_zero:
             return
         cell = max(128, rows[0].shape[-1])
@@ -94,7 +96,7 @@ class SampleGrid(L.Callback):
         if len(rows) == 1:
             sheet = captioned(images[0], prompts, cell=cell)
         else:
-            sheet = grid(images, prompts, [f"weight {weight:g}" for weight in self.weights], cell)
+            sheet = grid(images, prompts, [f"LoRA scale {scale:g}" for scale in self.lora_scales], cell)
         save_figure(trainer, sheet, f"samples-{step:06d}", "samples")
         if self._first:
             self._first = False
@@ -104,30 +106,30 @@ class SampleGrid(L.Callback):
         self,
         trainer: L.Trainer,
         module: L.LightningModule,
-        family: Family,
+        model: Model,
         prompts: Sequence[str],
-        weight: float,
+        scale: float,
         count: Callable[[], None],
     ) -> Tensor:
-        if weight == 0 and self._base is not None:
+        if scale == 0 and self._base is not None:
             return self._base
         size = trainer.datamodule.resolution  # type: ignore[attr-defined]
-        with weighted(module, weight) if self.weights != (1.0,) else nullcontext():
+        with weighted(module, scale) if self.lora_scales != (1.0,) else nullcontext():
             most = trainer.datamodule.batch_size  # type: ignore[attr-defined]
             starts = range(0, len(prompts), most)
-            pixels = torch.cat([self._pixels(family, prompts, at, most, size, count) for at in starts])
-        if weight == 0:
+            pixels = torch.cat([self._pixels(model, prompts, at, most, size, count) for at in starts])
+        if scale == 0:
             self._base = pixels
         return pixels
 
     def _pixels(
-        self, family: Family, prompts: Sequence[str], start: int, most: int, size: int, count: Callable[[], None]
+        self, model: Model, prompts: Sequence[str], start: int, most: int, size: int, count: Callable[[], None]
     ) -> Tensor:
         """Some of the prompts, no more than are in a batch, for which the device is known to have the memory."""
         some = prompts[start : start + most]
         seeds = [self.seed + start + i for i in range(len(some))]
         settings = (size, size, self.steps, self.guidance_scale, self.sampler)
-        return sample_images(family, some, seeds, *settings, on_step=lambda *_: count()).cpu()
+        return sample_images(model, some, seeds, *settings, on_step=lambda *_: count()).cpu()
 
 
 def _captions(trainer: L.Trainer, most: int = 8) -> list[str]:

@@ -1,121 +1,26 @@
 """Which tensors a checkpoint of a known architecture has, under which names; read off headers, without torch.
 
-The original single-file layout has three kinds: sd1, sd2 (its text encoder under OpenCLIP's names) and sdxl (both).
 Inpainting variants differ in shapes alone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from loratune.families.layout_text import open_clip_layers, open_clip_projected_layers, text_layers
-from loratune.families.layout_unet import unet_layers
-from loratune.families.layout_vae import vae_layers
-from loratune.families.layouts import Config, Layer, Place, Shape
+from loratune.families.family import Configs
+from loratune.families.known import FAMILIES, family_of
+from loratune.families.layouts import Config, Place, Shape
 from loratune.families.unsupported import name_of_kind
 from loratune.formats.headers import Header
-
-__all__ = [
-    "IGNORED",
-    "PREFIXES",
-    "Place",
-    "architectures",
-    "canonical_key",
-    "canonical_text_name",
-    "describe_unsupported",
-    "detect",
-    "entries",
-    "file_shapes",
-    "ignored",
-    "layout_kind",
-    "module_names",
-    "original_names",
-    "places",
-    "title",
-]
-
-Layers = Callable[[Config], Iterator[Layer]]
-
-_COMMON: dict[str, tuple[str, Layers]] = {
-    "unet": ("model.diffusion_model.", unet_layers),
-    "vae": ("first_stage_model.", vae_layers),
-}
-# By kind and component: what its keys in the single file begin with, and its layers.
-LAYOUTS: dict[str, dict[str, tuple[str, Layers]]] = {
-    "sd1": {**_COMMON, "text_encoder": ("cond_stage_model.transformer.", text_layers)},
-    "sd2": {**_COMMON, "text_encoder": ("cond_stage_model.model.", open_clip_layers)},
-    "sdxl": {
-        **_COMMON,
-        "text_encoder": ("conditioner.embedders.0.transformer.", text_layers),
-        "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_projected_layers),
-    },
-}
-PREFIXES = {kind: {part: prefix for part, (prefix, _) in parts.items()} for kind, parts in LAYOUTS.items()}
-POSITION_IDS = "embeddings.position_ids"
-# What diffusers called the parts of the VAE's attention until 2023; SD 1.x folders on the hub have them still.
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# What real files hold besides the weights, by the beginning of the key: schedules, averages, buffers, marks.
-IGNORED = (
-    "alphas_cumprod",
-    "betas",
-    "cond_stage_model.logit_scale",
-    "cond_stage_model.model.attn_mask",
-    "cond_stage_model.model.logit_scale",
-    "cond_stage_model.model.text_projection",
-    "cond_stage_model.transformer.text_projection",
-    f"cond_stage_model.transformer.text_model.{POSITION_IDS}",
-    "conditioner.embedders.0.logit_scale",
-    "conditioner.embedders.0.transformer.text_projection",
-    f"conditioner.embedders.0.transformer.text_model.{POSITION_IDS}",
-    "conditioner.embedders.1.model.attn_mask",
-    "conditioner.embedders.1.model.logit_scale",
-    "denoiser.",
-    "embedding_manager.",
-    "first_stage_model.loss.",
-    "global_step",
-    "log_one_minus_alphas_cumprod",
-    "logvar",
-    "lvlb_weights",
-    "model_ema.",
-    "posterior_",
-    "scale_factor",
-    "sqrt_",
-    "v_pred",
-    "ztsnr",
-)
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-_VERSIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
-
-
-def layout_kind(configs: Mapping[str, Config]) -> str:
-    """The kind of single-file layout that goes with configurations: sd1, sd2 or sdxl; by the U-Net's without others."""
-    unet, text = configs["unet"], configs.get("text_encoder")
-    if "text_encoder_2" in configs or unet.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    is_sd2 = unet.get("use_linear_projection") if text is None else text.get("hidden_act") == "gelu"
-    return "sd2" if is_sd2 else "sd1"
 
 
 def title(configs: Mapping[str, Config]) -> str:
     """What a base with these configurations is called, for people."""
-    inpainting = " (inpainting)" if configs["unet"].get("in_channels") == 9 else ""
-    return f"{_VERSIONS[layout_kind(configs)]}{inpainting}"
-
-
-def ignored(configs: Mapping[str, Config]) -> tuple[str, ...]:
-    """Beginnings of the keys that files of this architecture may hold and that are no weights of it.
-
-    SD 2.x reads the last layer but one of its text encoder: the last is in the file, and in no diffusers folder.
-    """
-    if layout_kind(configs) != "sd2":
-        return IGNORED
-    last = configs["text_encoder"]["num_hidden_layers"]
-    return (*IGNORED, f"{PREFIXES['sd2']['text_encoder']}transformer.resblocks.{last}.")
+    return family_of(configs).title_of(configs)
 
 
 def entries(configs: Mapping[str, Config]) -> Iterator[tuple[str, str, Shape, Place]]:
@@ -125,10 +30,10 @@ def entries(configs: Mapping[str, Config]) -> Iterator[tuple[str, str, Shape, Pl
     Raises:
         UserError: a configuration lacks a key or has a part that the original layout does not.
     """
-    for component, (prefix, layers) in LAYOUTS[layout_kind(configs)].items():
-        for layer in layers(configs[component]) if component in configs else ():
+    for part in family_of(configs).parts:
+        for layer in part.layers(configs[part.name]) if part.name in configs else ():
             for name, shape, place in layer.tensors():
-                yield component, name, shape, replace(place, key=prefix + place.key)
+                yield part.name, name, shape, replace(place, key=part.prefix + place.key)
 
 
 def places(configs: Mapping[str, Config]) -> dict[str, Place]:
@@ -153,53 +58,48 @@ def shapes_taken(shape: Shape, place: Place) -> tuple[Shape, ...]:
 
 
 def original_names(configs: Mapping[str, Config]) -> dict[str, str]:
-    """The original layout's name, without prefix, of every layer of the U-Net by its canonical one.
+    """The original layout's name, without prefix, of every layer of the denoiser by its canonical one.
 
     `unet.down_blocks.0.attentions.0.proj_in` is `input_blocks.1.1.proj_in`.
     """
-    return {f"unet.{layer.name}": layer.ldm for layer in unet_layers(configs["unet"])}
+    return family_of(configs).originals(configs)
 
 
 def module_names(configs: Mapping[str, Config]) -> tuple[str, ...]:
-    """Canonical names, with component, of the layers that a LoRA can adapt in U-Net and text encoders."""
+    """Canonical names, with component, of the layers that a LoRA can adapt in denoiser and text encoders."""
     return tuple(
-        f"{component}.{layer.name}"
-        for component, (_, layers) in LAYOUTS[layout_kind(configs)].items()
-        if component != "vae" and component in configs
-        for layer in layers(configs[component])
+        f"{part.name}.{layer.name}"
+        for part in family_of(configs).parts
+        if part.adaptable and part.name in configs
+        for layer in part.layers(configs[part.name])
         if layer.adaptable
     )
 
 
-def canonical_text_name(name: str) -> str:
-    """A text encoder's module or key name with the text_model level, which transformers 5 left out."""
-    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+def canonical_module_name(component: str, module: Any, name: str) -> str:
+    """The canonical name, without component, of a module inside of a component, by the component's class.
 
-
-def canonical_key(component: str, key: str) -> str | None:
-    """The name today of a key of a component's file in a diffusers folder; None for a buffer that is no weight."""
-    if component.startswith("text_encoder"):
-        return None if key.endswith(POSITION_IDS) else canonical_text_name(key)
-    before, attention, part = key.partition(".mid_block.attentions.0.")
-    if component != "vae" or not attention:
-        return key
-    name, dot, kind = part.partition(".")
-    return f"{before}{attention}{OLD_VAE_ATTENTION.get(name, name)}{dot}{kind}"
+    Args:
+        component: its name.
+        module: the component.
+        name: of the module in it.
+    """
+    classes = {cls.__name__ for cls in type(module).__mro__}
+    for family in FAMILIES:
+        for part in family.parts:
+            if part.name == component and part.class_name in classes:
+                return part.canonical(name) or name
+    return name
 
 
 @cache
-def _architectures() -> dict[str, dict[str, dict[str, Any]]]:
-    folders = sorted(path for path in (Path(__file__).parent / "configs").iterdir() if path.is_dir())
-    return {
-        folder.name: {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        for folder in folders
-    }
+def _architectures() -> dict[str, Configs]:
+    return {name: configs for family in FAMILIES for name, configs in family.architectures().items()}
 
 
-def architectures() -> dict[str, dict[str, dict[str, Any]]]:
-    """The known architectures: name -> component (unet, vae, text encoders, scheduler) -> configuration."""
-    copied: dict[str, dict[str, dict[str, Any]]] = json.loads(json.dumps(_architectures()))
-    return copied
+def architectures() -> dict[str, Configs]:
+    """The known architectures: name -> component (denoiser, VAE, text encoders, scheduler) -> configuration."""
+    return copy.deepcopy(_architectures())
 
 
 @cache
@@ -208,21 +108,14 @@ def _taken(name: str) -> dict[str, tuple[Shape, ...]]:
     return {place.key: shapes_taken(shape, place) for _, _, shape, place in entries(_architectures()[name])}
 
 
-def _telling(configs: Mapping[str, Config]) -> dict[str, Shape]:
-    """A few tensors, known without the layers, that no other architecture has with these shapes."""
-    kind, unet, text = layout_kind(configs), configs["unet"], configs["text_encoder"]
-    words = "text_model.embeddings.token_embedding" if kind != "sd2" else "token_embedding"
-    return {
-        CONV_IN: (unet["block_out_channels"][0], unet["in_channels"], 3, 3),
-        f"{PREFIXES[kind]['text_encoder']}{words}.weight": (text["vocab_size"], text["hidden_size"]),
-    }
-
-
 def detect(header: Header) -> str | None:
     """The known architecture whose every tensor is in the file with its shape, or None; dtypes do not matter."""
     tensors = header.tensors
     for name, configs in _architectures().items():
-        if any(key not in tensors or tensors[key].shape != shape for key, shape in _telling(configs).items()):
+        if any(
+            key not in tensors or tensors[key].shape != shape
+            for key, shape in family_of(configs).distinctive(configs).items()
+        ):
             continue
         if all(key in tensors and tensors[key].shape in shapes for key, shapes in _taken(name).items()):
             return name
@@ -245,8 +138,8 @@ def _nearly(header: Header) -> str | None:
     name = max(_architectures(), key=share)
     if share(name)[0] < len(_taken(name)) / 4:
         return None
-    called, parts = title(_architectures()[name]), PREFIXES[layout_kind(_architectures()[name])]
-    lacking = [part for part, prefix in parts.items() if not any(key.startswith(prefix) for key in tensors)]
+    called, family = title(_architectures()[name]), family_of(_architectures()[name])
+    lacking = [part.name for part in family.parts if not any(key.startswith(part.prefix) for key in tensors)]
     if lacking:
         return f"a {called} checkpoint that is not complete: it has no {' and no '.join(lacking)}"
     if missing := [key for key in _taken(name) if key not in tensors]:

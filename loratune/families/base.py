@@ -11,21 +11,13 @@ from collections import ChainMap
 from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
-from loratune.families.architectures import layout_kind, module_names, title
-from loratune.families.base_configs import (
-    CONFIGS_KEY,
-    WEIGHTS,
-    Configs,
-    file_configs,
-    folder_configs,
-    is_inpainting,
-    parts_of,
-    stated_schedule,
-    without_private,
-)
+from loratune.families.architectures import module_names
+from loratune.families.base_configs import CONFIGS_KEY, file_configs, folder_configs
+from loratune.families.family import Configs, Family, Part, without_private
+from loratune.families.known import FAMILIES, family_of
 from loratune.families.locate import locate
 from loratune.families.slots import Slot, held_in_file, held_in_folder, slots_of
 from loratune.families.weight_files import WeightFiles, choose, shards_of, variants_of
@@ -35,10 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-
-# Of SD 2.x: predicting v leaves it with a wider spread than predicting eps does. A rule that others use too.
-SPREAD_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_SPREAD = 0.09
 
 
 class Base:
@@ -73,8 +61,8 @@ class Base:
             return folder_configs(self.path)
         header = self.header(self.path)
         configs = file_configs(self.path, header)
-        if CONFIGS_KEY not in header.metadata and layout_kind(configs) == "sd2" and not is_inpainting(configs):
-            self._find_prediction(configs)
+        if CONFIGS_KEY not in header.metadata:
+            family_of(configs).complete(configs, header, self._values)
         return configs
 
     @property
@@ -86,49 +74,48 @@ class Base:
         """
         return copy.deepcopy(self._read_configs)
 
-    def _find_prediction(self, configs: Configs) -> None:
-        """Put into the configurations what an SD 2.x file predicts: eps, made for 512 pixels, or v, made for 768.
-
-        One U-Net serves both; where the header does not say which it is, its weights do.
-        """
-        header = self.header(self.path)
-        if "prediction_type" not in stated_schedule(header) and self._spread(header) > V_SPREAD:
-            configs["scheduler"]["prediction_type"] = "v_prediction"
-        if configs["scheduler"].get("prediction_type") == "v_prediction":
-            configs["unet"]["sample_size"] = 96
-
-    def _spread(self, header: Header) -> float:
+    def _values(self, key: str) -> Any:
+        """A tensor of a single file as a flat numpy array in float64; none of what is no floating point number."""
         import numpy as np
 
         from loratune.formats.numbers import FLOATS, widened
 
-        info = header.tensors[SPREAD_KEY]
+        header = self.header(self.path)
+        info = header.tensors[key]
         if info.dtype not in FLOATS:
-            return 0.0
+            return np.empty(0)
         with self.path.open("rb") as file:
             file.seek(header.data_offset + info.start)
             raw = np.frombuffer(file.read(info.stop - info.start), np.uint8)
-        return float(widened(raw, info.dtype, np.float64).std())
+        return widened(raw, info.dtype, np.float64)
+
+    @cached_property
+    def family(self) -> Family:
+        """What it is."""
+        return family_of(self._read_configs)
+
+    def _part(self, name: str) -> Part:
+        return self.family.part(name)
 
     @property
     def title(self) -> str:
         """What it is called, for people."""
-        return title(self._read_configs)
+        return self.family.title_of(self._read_configs)
 
     @property
-    def inpainting(self) -> bool:
-        """Whether its U-Net takes a mask and a masked image beside x_t."""
-        return is_inpainting(self._read_configs)
+    def variant(self) -> str:
+        """What it is for: text to image, or something that is not trained here, such as inpainting."""
+        return self.family.variant(self._read_configs)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The components that are there."""
-        return tuple(part for part in parts_of(self._read_configs) if part in self._read_configs)
+        return tuple(part.name for part in self.family.parts if part.name in self._read_configs)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """The components that a whole base has and this one lacks."""
-        return tuple(part for part in parts_of(self._read_configs) if part not in self._read_configs)
+        return tuple(part.name for part in self.family.parts if part.name not in self._read_configs)
 
     def require_whole(self, why: str) -> None:
         """Raise UserError where a component is missing.
@@ -142,7 +129,7 @@ class Base:
     @cached_property
     def variants(self) -> dict[str, dict[str, WeightFiles]]:
         """The variants of its weights in a folder, by component; none for a component without safetensors files."""
-        held = {part: variants_of(os.listdir(self.path / part), WEIGHTS[part]) for part in self.parts}
+        held = {part: variants_of(os.listdir(self.path / part), self._part(part).file) for part in self.parts}
         return {part: variants for part, variants in held.items() if variants}
 
     @cached_property
@@ -163,7 +150,7 @@ class Base:
         if self.single:
             return {self.path: self.header(self.path)}
         if part not in self._chosen:
-            file = self.path / part / WEIGHTS[part]
+            file = self.path / part / self._part(part).file
             raise UserError(f"{file}: there is no such file, nor a variant of it; only .safetensors files are loaded")
         paths = shards_of(self.path / part, self.variants[part][self._chosen[part]])
         return {path: self.header(path) for path in paths}
@@ -207,7 +194,7 @@ class Base:
         configs = {part: self._read_configs[part] for part in parts}
         if self.single:
             return slots_of(self.path, held_in_file(self.path, self.header(self.path)), configs, True, names)
-        held = held_in_folder({part: self.files(part) for part in parts})
+        held = held_in_folder({self._part(part): self.files(part) for part in parts})
         return slots_of(self.path, held, configs, False, names)
 
     def read(self, name: str) -> Tensor:
@@ -237,7 +224,7 @@ class Base:
             return from_single_file(read_tensors(self.path), self.configs, self.path)
         files = {part: self.files(part) for part in self.parts}  # what is missing is said before anything is read
         read = {part: [read_tensors(file) for file in headers] for part, headers in files.items()}
-        return {part: canonical_keys(part, dict(ChainMap(*tensors))) for part, tensors in read.items()}
+        return {part: canonical_keys(self._part(part), dict(ChainMap(*tensors))) for part, tensors in read.items()}
 
     def hash(self) -> str:
         """sha256, in hex: of a single file's bytes, as sd-scripts has it; of a folder's configurations and weights.
@@ -268,7 +255,8 @@ State = tuple[tuple[str, int, int, int], ...]
 
 
 def _state(path: Path) -> State:
-    folders = (path, path / "scheduler", *(path / part for part in WEIGHTS)) if path.is_dir() else ()
+    parts = {part.name for family in FAMILIES for part in family.parts}
+    folders = (path, path / "scheduler", *(path / part for part in parts)) if path.is_dir() else ()
     files = [file for folder in folders for file in folder.glob("*") if file.is_file()] or [path]
     status = [(str(file), file.stat()) for file in sorted(files)]
     return tuple((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in status)

@@ -25,6 +25,17 @@ OPEN_CLIP_PARTS = {
 THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 FUSED = ("_weight", "_bias")
 BARE = ("", "")  # parameters that are no module's
+POSITION_IDS = "embeddings.position_ids"
+
+
+def canonical_text_name(name: str) -> str:
+    """A CLIP text encoder's module or key name with the text_model level, which transformers 5 left out."""
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+
+
+def canonical_text_key(key: str) -> str | None:
+    """The name today of a key of a CLIP text encoder; None for a buffer."""
+    return None if key.endswith(POSITION_IDS) else canonical_text_name(key)
 
 
 def _parts(config: Config) -> dict[str, Shape]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from loratune.families.layouts import Config, Layer, get, refuse_blocks, resnet
 
 BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
+# What diffusers called the parts of the attention until 2023; SD 1.x folders on the hub have them still.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -64,3 +66,10 @@ def vae_layers(config: Config) -> Iterator[Layer]:
         yield Layer("quant_conv", "quant_conv", (2 * latent, 2 * latent, 1, 1))
     if config.get("use_post_quant_conv", True):
         yield Layer("post_quant_conv", "post_quant_conv", (latent, latent, 1, 1))
+
+
+def canonical_vae_key(key: str) -> str | None:
+    """The name today of a key of an AutoencoderKL."""
+    before, attention, part = key.partition(".mid_block.attentions.0.")
+    name, dot, kind = part.partition(".")
+    return f"{before}{attention}{OLD_ATTENTION.get(name, name)}{dot}{kind}"

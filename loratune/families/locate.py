@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from loratune.errors import UserError
-from loratune.families.base_configs import WEIGHTS
+from loratune.families.known import parts
 from loratune.families.weight_files import choose, variants_of
 from loratune.formats.headers import PICKLE_SUFFIXES
 
@@ -71,7 +71,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     names = list(names)
     held = {
         part: variants_of((file.rpartition("/")[2] for file in names if file.startswith(f"{part}/")), weights)
-        for part, weights in WEIGHTS.items()
+        for part, weights in ((one.name, one.file) for one in parts().values())
     }
     chosen = choose({part: variants for part, variants in held.items() if variants})
     files = {f"{part}/{file}" for part, variant in chosen.items() for file in held[part][variant].names}

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from diffusers import UNet2DModel
-from torch import Tensor
+from loratune.families.family import Architecture, Condition, LoadedModel, Part
+from loratune.families.layouts import Config
+from loratune.families.processes import PREDICTION_TYPES, DDPMFamily
 
-from loratune.diffusion.process import Prediction, ScheduleName, make_betas
-from loratune.diffusion.schedule import NoiseSchedule
-from loratune.families.family import Condition, Family
-from loratune.formats.images import normalise
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratune.diffusion.schedule import NoiseSchedule
+    from loratune.families.model import Model
 
 
-class PixelDDPM(Family):
+class Pixels(DDPMFamily):
+    """A U-Net on pixels, without text; it is not written to disk as a base."""
+
+    name = "pixels"
+    title = "a DDPM on pixels"
+    parts = (Part("unet", "denoiser", "diffusers", "UNet2DModel", "", lambda config: iter(())),)
+    batch_kind = "pixels"
+
+    def fits(self, configs: Mapping[str, Config]) -> bool:
+        return False
+
+    def noise_schedule(self, scheduler: Mapping[str, Any]) -> NoiseSchedule:
+        """Of the betas as they are, which diffusers' scheduler would round to float32."""
+        import torch
+
+        from loratune.diffusion.schedule import NoiseSchedule
+
+        return NoiseSchedule.ddpm(torch.tensor(scheduler["trained_betas"], dtype=torch.float64))
+
+    def image_size(self, configs: Mapping[str, Config]) -> tuple[int, int]:
+        side = int(configs["unet"]["sample_size"])
+        return side, side
+
+    def latent_shape(self, configs: Mapping[str, Config], height: int, width: int) -> tuple[int, ...]:
+        return (3, height, width)
+
+    def x_0(self, model: LoadedModel, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+        from loratune.formats.images import normalise
+
+        return normalise(batch["pixels"])
+
+    def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
+        return {}
+
+    def denoise(self, model: LoadedModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return cast("Tensor", model.network(x_t, t).sample)
+
+    def decode(self, model: LoadedModel, x_0: Tensor) -> Tensor:
+        return x_0
+
+
+@dataclass
+class PixelDDPM(Architecture):
     """A U-Net on pixels, without text.
 
     Args:
@@ -29,51 +74,35 @@ class PixelDDPM(Family):
         prediction: what the network predicts.
     """
 
-    batch_kind = "pixels"
+    size: int = 32
+    channels: tuple[int, ...] = (64, 128, 128)
+    layers: int = 1
+    attention_from: int = 2
+    betas: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+    prediction: Literal["eps", "v", "x0"] = "eps"
 
-    def __init__(
-        self,
-        size: int = 32,
-        channels: tuple[int, ...] = (64, 128, 128),
-        layers: int = 1,
-        attention_from: int = 2,
-        betas: ScheduleName = "linear",
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        steps: int = 1000,
-        prediction: Prediction = "eps",
-    ) -> None:
-        super().__init__()
-        self.size, self.prediction = size, prediction
-        plain, attending = attention_from, max(0, len(channels) - attention_from)
-        self.network = UNet2DModel(
-            sample_size=size,
-            block_out_channels=channels,
-            layers_per_block=layers,
+    def build(self) -> Model:
+        from diffusers import UNet2DModel
+
+        from loratune.diffusion.process import make_betas
+        from loratune.families.model import Model
+
+        plain, attending = self.attention_from, max(0, len(self.channels) - self.attention_from)
+        unet = UNet2DModel(
+            sample_size=self.size,
+            block_out_channels=self.channels,
+            layers_per_block=self.layers,
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",) * attending,
             up_block_types=("AttnUpBlock2D",) * attending + ("UpBlock2D",) * plain,
-            norm_num_groups=min(32, channels[0] // 4),
+            norm_num_groups=min(32, self.channels[0] // 4),
         )
-        schedule = make_betas(betas, steps, beta_start, beta_end)
-        self.noise_schedule = NoiseSchedule.ddpm(schedule)
-        self.scheduler_config = {
-            "num_train_timesteps": steps,
-            "trained_betas": schedule.tolist(),
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction],
+        scheduler = {
+            "num_train_timesteps": self.steps,
+            "trained_betas": make_betas(self.betas, self.steps, self.beta_start, self.beta_end).tolist(),
+            "prediction_type": PREDICTION_TYPES[self.prediction],
             "clip_sample": True,
         }
-
-    def x_0(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
-        return normalise(batch["pixels"])
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return (3, height, width)
-
-    def encode_prompts(self, captions: Sequence[str]) -> Condition:
-        return {}
-
-    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return cast(Tensor, self.network(x_t, t).sample)
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        return x_0
+        return Model(Pixels(), {"unet": unet}, scheduler)

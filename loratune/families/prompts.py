@@ -26,17 +26,17 @@ INSIDE, WORD, COMMA = 0, 1, 2
 
 @dataclass(frozen=True)
 class Prompts:
-    """How captions become what text encoders read.
+    """How captions and prompts are encoded.
 
     Args:
-        chunks: windows of 75 tokens that a caption may fill, each encoded alone and joined along the sequence; a
-            shorter caption is told as with one window, as what it does not fill is masked.
-        weights: read (word:1.2) as a weight of the word's embeddings, whose mean size is kept; brackets that are
-            meant are then written \\( and \\).
+        chunks: chunks of 75 tokens that a caption may fill, each encoded alone and joined along the sequence; what a
+            shorter caption does not fill is masked.
+        weighting: read (word:1.2) as a prompt weight: a factor of the word's embeddings, whose mean size is kept. Write
+            brackets that are meant as \\( and \\).
     """
 
     chunks: int = 1
-    weights: bool = False
+    weighting: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunks <= 16:
@@ -192,7 +192,7 @@ def windows(captions: Sequence[str], tokenizer: Any, width: int, prompts: Prompt
     counts: list[int] = []
     cut: dict[str, str] = {}
     for caption in captions:
-        made, rest = split(tokenise(caption, tokenizer, prompts.weights), prompts.chunks, width - 2)
+        made, rest = split(tokenise(caption, tokenizer, prompts.weighting), prompts.chunks, width - 2)
         rows += made
         counts.append(len(made))
         if rest:
@@ -231,3 +231,21 @@ def filled(counts: Sequence[int], chunks: int) -> Tensor:
 def firsts(counts: Sequence[int]) -> list[int]:
     """Where each caption's first window is among all."""
     return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def words_of(pieces: Sequence[str], end: str = "</w>") -> list[tuple[str, list[int]]]:
+    """Words and the numbers of their tokens, from tokens as CLIP's tokenizer writes them: a word ends in `end`.
+
+    Args:
+        pieces: tokens of a prompt, without the special ones before and after.
+        end: of a word.
+    """
+    words: list[tuple[str, list[int]]] = []
+    open_word = False
+    for number, piece in enumerate(pieces):
+        if not open_word:
+            words.append(("", []))
+        word, places = words[-1]
+        words[-1] = (word + piece.removesuffix(end), [*places, number])
+        open_word = not piece.endswith(end)
+    return words

@@ -11,56 +11,51 @@ import diffusers
 import torch
 from torch import Tensor
 
-from loratune.families.architectures import layout_kind
-from loratune.families.base_configs import CONFIGS_KEY, WEIGHTS, Configs, pipeline_name, read_json, without_private
-from loratune.families.pipelines import Pipeline, modelspec_architecture, pipeline_of
-from loratune.families.sd import TOKENIZER, StableDiffusion
+from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.family import Configs, Part, without_private
+from loratune.families.known import family_of
+from loratune.families.model import Model
 from loratune.families.single_file import Weights, canonical_keys, to_single_file
 from loratune.formats.files import atomic_folder, write_safetensors
 
 
-def is_text(component: str) -> bool:
-    """Whether a component is a text encoder."""
-    return component.startswith("text_encoder")
-
-
-def configs_of(family: StableDiffusion) -> Configs:
-    """The configurations of a base, as JSON can hold them."""
-    configs: Configs = {"model_index": {"_class_name": family.pipeline}}
-    configs["scheduler"] = {**family.scheduler_config, "_class_name": "DDIMScheduler"}
-    for name, module in family.components().items():
-        config: Any = module.config
-        raw = config.to_diff_dict() if is_text(name) else dict(config)
+def configs_of(model: Model) -> Configs:
+    """The configurations of a model, as JSON can hold them."""
+    configs: Configs = {"model_index": {"_class_name": model.family.pipeline}}
+    configs["scheduler"] = {**model.scheduler_config, "_class_name": model.family.scheduler}
+    for name, config in model.configs().items():
+        raw = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
         configs[name] = json.loads(json.dumps(without_private(raw), default=list))
     return configs
 
 
-def weights_of(family: StableDiffusion, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """The weights of a base by component, rounded to `dtype`, text keys in their canonical form."""
+def weights_of(model: Model, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """The weights of a model by component, rounded to `dtype`, under their canonical keys."""
     return {
         name: canonical_keys(
-            name, {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
+            model.family.part(name),
+            {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()},
         )
-        for name, module in family.components().items()
+        for name, module in model.components().items()
     }
 
 
-def save_diffusers_folder(family: StableDiffusion, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def save_diffusers_folder(model: Model, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write a base as a diffusers folder, whole or not at all.
 
     Raises:
         UserError: the folder exists and is not empty, or cannot be written.
     """
-    write_folder(folder, configs_of(family), weights_of(family, dtype))
+    write_folder(folder, configs_of(model), weights_of(model, dtype))
 
 
-def save_single_file(family: StableDiffusion, path: Path, dtype: torch.dtype = torch.float16) -> None:
+def save_single_file(model: Model, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write a base as a single file in the original layout, whole or not at all.
 
     Raises:
         UserError: the file cannot be written, or the base has a part that the layout does not know.
     """
-    write_single_file(path, configs_of(family), weights_of(family, dtype))
+    write_single_file(path, configs_of(model), weights_of(model, dtype))
 
 
 def write_single_file(
@@ -68,8 +63,7 @@ def write_single_file(
 ) -> None:
     """Write configurations and weights as a single file, whole or not at all.
 
-    The configurations go into the metadata. SDXL files say by empty tensors, which other programs read, that they
-    predict v and that their schedule ends in pure noise.
+    The configurations go into the metadata.
 
     Args:
         path: of the file.
@@ -77,20 +71,16 @@ def write_single_file(
         weights: by component and diffusers key.
         metadata: more of it.
     """
-    scheduler = configs["scheduler"]
-    kind = scheduler.get("prediction_type", "epsilon")
-    marks = {"v_pred": kind == "v_prediction", "ztsnr": bool(scheduler.get("rescale_betas_zero_snr"))}
-    told = {
+    kind, family = configs["scheduler"].get("prediction_type", "epsilon"), family_of(configs)
+    own = {
         "format": "pt",
         CONFIGS_KEY: json.dumps(configs),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": modelspec_architecture(configs),
+        "modelspec.architecture": family.modelspec(configs),
         "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
     }
-    tensors = to_single_file(weights, configs, path)
-    if layout_kind(configs) == "sdxl":
-        tensors |= {key: torch.zeros(0) for key, marked in marks.items() if marked}
-    write_safetensors(path, tensors, told | dict(metadata or {}))
+    tensors = to_single_file(weights, configs, path) | {key: torch.zeros(0) for key in family.marks(configs)}
+    write_safetensors(path, tensors, own | dict(metadata or {}))
 
 
 def write_folder(folder: Path, configs: Configs, weights: Weights) -> None:
@@ -99,40 +89,36 @@ def write_folder(folder: Path, configs: Configs, weights: Weights) -> None:
     Raises:
         UserError: the folder exists and is not empty, or cannot be written.
     """
-    pipeline = pipeline_of(configs)
     with atomic_folder(folder) as temporary:
-        for name in pipeline.parts:
-            write_safetensors(temporary / name / WEIGHTS[name], weights[name], {"format": "pt"})
+        for part in family_of(configs).parts:
+            write_safetensors(temporary / part.name / part.file, weights[part.name], {"format": "pt"})
         write_settings(temporary, configs)
 
 
 def write_settings(folder: Path, configs: Configs) -> None:
     """Write everything of a diffusers folder but the weights: configurations, tokenizers, index."""
-    pipeline = pipeline_of(configs)
-    for name, kind in pipeline.parts.items():
-        marks = {"architectures": [kind.__name__], "model_type": "clip_text_model"}
-        marked = (marks if is_text(name) else {"_class_name": kind.__name__}) | configs[name]
-        _write_json(folder / name / "config.json", marked)
+    family = family_of(configs)
+    for part in family.parts:
+        _write_json(folder / part.name / "config.json", _marks(part) | configs[part.name])
     _write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    for name, pad in pipeline.tokenizers.items():
-        _write_tokenizer(folder / name, pad)
-    _write_json(folder / "model_index.json", _model_index(pipeline, pipeline_name(configs)))
+    for name in family.tokenizers:
+        family.write_tokenizer(folder, name)
+    _write_json(folder / "model_index.json", _model_index(configs))
 
 
-def _write_tokenizer(folder: Path, pad: str) -> None:
-    folder.mkdir()
-    for file in TOKENIZER.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = read_json(folder / "tokenizer_config.json")
-    _write_json(folder / "tokenizer_config.json", config | {"pad_token": pad})
+def _marks(part: Part) -> dict[str, Any]:
+    """How a component's configuration names its class."""
+    if part.library != "transformers":
+        return {"_class_name": part.class_name}
+    return {"architectures": [part.class_name], "model_type": part.cls().config_class.model_type}
 
 
-def _model_index(pipeline: Pipeline, name: str) -> dict[str, Any]:
+def _model_index(configs: Configs) -> dict[str, Any]:
+    family = family_of(configs)
     version = {"_diffusers_version": diffusers.__version__}  # without it diffusers opens no inpainting pipeline
-    index = {"_class_name": name, **version, "scheduler": ["diffusers", "DDIMScheduler"], **pipeline.index}
-    index |= {name: ["transformers", "CLIPTokenizer"] for name in pipeline.tokenizers}
-    libraries = {name: "transformers" if is_text(name) else "diffusers" for name in pipeline.parts}
-    return index | {name: [libraries[name], kind.__name__] for name, kind in pipeline.parts.items()}
+    index = {"_class_name": family.pipeline_of(configs), **version, "scheduler": ["diffusers", family.scheduler]}
+    index |= {**family.model_index} | {name: ["transformers", family.tokenizer_class] for name in family.tokenizers}
+    return index | {part.name: [part.library, part.class_name] for part in family.parts}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.families.architectures import (
-    PREFIXES,
-    canonical_key,
-    canonical_text_name,
-    entries,
-    ignored,
-    layout_kind,
-    shapes_taken,
-)
+from loratune.families.architectures import entries, shapes_taken
+from loratune.families.family import Part
+from loratune.families.known import family_of
 from loratune.families.layouts import Config, Place, Shape
 
 Weights = Mapping[str, Mapping[str, Tensor]]
@@ -39,9 +33,9 @@ def to_single_file(
         UserError: a key is not of the configurations' table, missing, or of another shape.
     """
     given = {
-        f"{component}.{key}": value
-        for component in PREFIXES[layout_kind(configs)]
-        for key, value in canonical_keys(component, components[component]).items()
+        f"{part.name}.{key}": value
+        for part in family_of(configs).parts
+        for key, value in canonical_keys(part, components[part.name]).items()
     }
     table = {f"{component}.{key}": (shape, place) for component, key, shape, place in entries(configs)}
     _check_keys(source, given.keys(), table.keys())
@@ -65,10 +59,10 @@ def from_single_file(
     Raises:
         UserError: a key is not of the configurations' table, missing, or of another shape.
     """
-    table = list(entries(configs))
-    known, unused = {place.key for *_, place in table}, ignored(configs)
+    table, family = list(entries(configs)), family_of(configs)
+    known, unused = {place.key for *_, place in table}, family.ignored(configs)
     _check_keys(source, [key for key in tensors if key in known or not key.startswith(unused)], known)
-    components: dict[str, dict[str, Tensor]] = {component: {} for component in PREFIXES[layout_kind(configs)]}
+    components: dict[str, dict[str, Tensor]] = {part.name: {} for part in family.parts}
     for component, name, shape, place in table:
         _check_shape(source, place.key, tensors[place.key], shapes_taken(shape, place))
         components[component][name] = _out_of_file(tensors[place.key], place, shape)
@@ -99,16 +93,16 @@ def _check_shape(source: Path | str, key: str, value: Tensor, taken: tuple[Shape
         raise UserError(f"{source}: {key!r} {told}")
 
 
-def canonical_keys(component: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def canonical_keys(part: Part, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A component's state dict under today's names, whichever version of diffusers or transformers wrote it."""
-    named = ((canonical_key(component, key), value) for key, value in state_dict.items())
+    named = ((part.canonical(key), value) for key, value in state_dict.items())
     return {name: value for name, value in named if name is not None}
 
 
-def module_text_keys(state_dict: Mapping[str, Tensor], module_keys: Iterable[str]) -> dict[str, Tensor]:
-    """A CLIP text encoder's state dict under the keys of a live module, whichever transformers made it.
+def module_keys(part: Part, state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """A component's state dict under the keys of a live module, whichever version of its library made it.
 
-    Keys that the module does not have keep their canonical name, so that loading them strictly tells.
+    Keys that the module does not have keep their canonical name, so that strict loading names them.
     """
-    own = {canonical_text_name(key): key for key in module_keys}
-    return {own.get(key, key): value for key, value in canonical_keys("text_encoder", state_dict).items()}
+    own = {part.canonical(key): key for key in keys}
+    return {own.get(key, key): value for key, value in canonical_keys(part, state_dict).items()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import UserError
-from loratune.families.architectures import canonical_key, entries
+from loratune.families.architectures import entries
+from loratune.families.family import Part
 from loratune.families.layouts import Config, Place, Shape
 from loratune.formats.headers import Header, TensorInfo
 
@@ -50,18 +51,18 @@ def held_in_file(path: Path, header: Header) -> Held:
     return {key: (path, key, info) for key, info in header.tensors.items()}
 
 
-def held_in_folder(files: Mapping[str, Mapping[Path, Header]]) -> Held:
+def held_in_folder(files: Mapping[Part, Mapping[Path, Header]]) -> Held:
     """The tensors of a diffusers folder's files, by canonical name with component (`unet.conv_in.weight`).
 
     Args:
         files: by component.
     """
     return {
-        f"{component}.{name}": (path, key, info)
-        for component, headers in files.items()
+        f"{part.name}.{name}": (path, key, info)
+        for part, headers in files.items()
         for path, header in headers.items()
         for key, info in header.tensors.items()
-        if (name := canonical_key(component, key)) is not None
+        if (name := part.canonical(key)) is not None
     }
 
 

@@ -100,13 +100,9 @@ def _host() -> str:
 
 
 def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+    import psutil
+
+    return bool(psutil.pid_exists(process))
 
 
 @contextmanager
@@ -155,6 +151,8 @@ def _exchange(path: Path, other: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # there a folder cannot be opened, and a file only for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import shutil
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import UserError
+from loratune.formats.descriptors import BINARY, fcntl, read_at, read_into, write_at
 from loratune.formats.headers import Header, header_bytes
 
 Range = tuple[int, int]
 """Bytes [start, stop) of a file's data section."""
 
 CHUNK = 64 << 20  # bytes copied at a time; the disk has nothing to do between two of them
-BUFFER = 4 << 20  # bytes held where the system cannot copy by itself
+BUFFER = 4 << 20  # bytes buffered where the system cannot copy by itself
 BLOCK = 4096  # bytes; what file systems share is a multiple of it
 FICLONERANGE = 0x4020940D  # ioctl_ficlonerange(2)
 SYNC_FILE_RANGE_WRITE = 2
@@ -40,7 +40,7 @@ NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFAULT, errno.E
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """Ranges in order, those that touch or overlap made one, empty ones left out."""
+    """Ranges in order, those that touch or overlap merged, empty ones left out."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
         if start >= stop:
@@ -89,7 +89,7 @@ class Output:
         """Fill a buffer with the source's bytes from `start` of the data section."""
         done = 0
         while done < len(buffer):
-            count = os.preadv(self.source, [buffer[done:]], self.begins[0] + start + done)
+            count = read_into(self.source, buffer[done:], self.begins[0] + start + done)
             if count == 0:
                 raise _shorter()
             done += count
@@ -98,7 +98,7 @@ class Output:
         """Write bytes at `start` of the data section, and have the disk begin with them."""
         done = 0
         while done < len(data):
-            done += os.pwrite(self.target, data[done:], self.begins[1] + start + done)
+            done += write_at(self.target, data[done:], self.begins[1] + start + done)
         start_writing(self.target, self.begins[1] + start, len(data))
 
     def copy(self, start: int, stop: int) -> int:
@@ -138,9 +138,9 @@ def opened_copy(source: Path, target: Path) -> Iterator[Output]:
 
 @contextmanager
 def _open(source: Path, target: Path, begins: tuple[int, int], length: int) -> Iterator[Output]:
-    old = os.open(source, os.O_RDONLY)
+    old = os.open(source, os.O_RDONLY | BINARY)
     try:
-        new = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        new = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         try:
             shared = _share(old, new, begins, length)
             with _direct(target, begins) as direct:
@@ -157,7 +157,7 @@ def _share(source: int, target: int, begins: tuple[int, int], length: int) -> bo
     """Have the target share the source's blocks, where the file system can; False where it cannot."""
     ahead = begins[0] % BLOCK  # bytes of the data section's first block that are the header's
     order = struct.pack("qQQQ", source, begins[0] - ahead, 0, begins[1] - ahead)  # 0: up to the source's end
-    if not length:
+    if not length or fcntl is None:
         return False
     try:
         fcntl.ioctl(target, FICLONERANGE, order)
@@ -199,7 +199,7 @@ def _copy_blocks(source: int, target: int, start: int, at: int, count: int) -> i
             with suppress(OSError, ValueError):
                 pages.madvise(POPULATE_READ)
             with memoryview(pages) as view, view[ahead:] as data:
-                copied = os.pwrite(target, data, at)
+                copied = write_at(target, data, at)
     except ValueError as error:  # the source is shorter than what is to be mapped
         raise _shorter() from error
     except OSError as error:
@@ -212,7 +212,7 @@ def _copy_blocks(source: int, target: int, start: int, at: int, count: int) -> i
 def _write_all(target: int, data: bytes) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(target, data[done:], done)
+        done += write_at(target, data[done:], done)
 
 
 def _copy(source: int, target: int, start: int, at: int, count: int) -> int:
@@ -223,10 +223,10 @@ def _copy(source: int, target: int, start: int, at: int, count: int) -> int:
         except OSError as error:
             if error.errno not in NO_COPY:
                 raise
-    data = os.pread(source, min(count, BUFFER), start)
+    data = read_at(source, min(count, BUFFER), start)
     if not data:
         raise _shorter()
-    return os.pwrite(target, data, at)
+    return write_at(target, data, at)
 
 
 def _shorter() -> OSError:
@@ -298,7 +298,7 @@ class Writer:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until all that was given so far is written.
+        """Wait until everything handed over so far is written.
 
         Raises:
             OSError: it could not be.
@@ -309,7 +309,7 @@ class Writer:
         self.check()
 
     def check(self) -> None:
-        """Raise what made writing fail, if anything did."""
+        """Raise the error of the writing thread, if there was one."""
         if self._error is not None:
             raise self._error
 
@@ -317,7 +317,7 @@ class Writer:
         while (step := self._next()) is not None:
             try:
                 self._progress(step())
-            except BaseException as error:  # told to the thread that waits
+            except BaseException as error:  # raised in the thread that waits
                 self._error = error
             with self._changed:
                 self._busy = False

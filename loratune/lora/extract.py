@@ -13,18 +13,18 @@ from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.layouts import Shape
-from loratune.families.pipelines import lora_metadata
 from loratune.lora.algebra import SVD, randomized_svd
-from loratune.lora.file import LoRAFile, standard_metadata
-from loratune.lora.layers import LoRALayer
+from loratune.lora.file import LoRAFile
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.metadata import standard_metadata
 from loratune.lora.progress import shown
-from loratune.lora.reading import DTYPES, Errors, Format, check_out, check_rank, kept_rank, truncated, write
+from loratune.lora.reading import DTYPES, Errors, check_out, check_rank, kept_rank, truncated, write
 
 FIRST_RANK = 16  # how many singular values are asked for first where --keep tells how many are needed
 NAMED = 3  # of what cannot be held, in the message
 
 
-def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: Format, dtype: str) -> str:
+def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: str, dtype: str) -> str:
     """Write the LoRA from one checkpoint to another; returns lines that say how much of the difference it holds.
 
     Raises:
@@ -42,8 +42,9 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
             f"{tuned}: no layer that a LoRA can hold differs from {base}{others}; there is nothing to extract"
         )
     note = {"base": base, "tuned": tuned, "rank": rank, "keep": keep, "error": errors.overall, "not_held": len(other)}
-    kind = lora_metadata(old.configs)
-    metadata = standard_metadata(name=out.stem, base_model=kind["base_model"], architecture=kind["architecture"])
+    configs = old.configs
+    version, architecture = old.family.kohya_version(configs), f"{old.family.modelspec(configs)}/lora"
+    metadata = standard_metadata(name=out.stem, base_model=version, architecture=architecture)
     write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
     ranks = sorted({layer.rank for layer in layers.values()})
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -52,12 +53,12 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
 
 def _check_same(old: Base, new: Base) -> None:
     if old.title != new.title:
-        told = f"is {new.title}, but {old.path} is {old.title}"
-        raise UserError(f"{new.path}: {told}; give two of the same architecture")
+        kinds = f"is {new.title}, but {old.path} is {old.title}"
+        raise UserError(f"{new.path}: {kinds}; give two of the same architecture")
     parts = [{name.partition(".")[0] for name in module_names(one.configs)} for one in (old, new)]
     if lacking := sorted(parts[0] ^ parts[1]):
-        one, other = (new, old) if lacking[0] in parts[0] else (old, new)
-        raise UserError(f"{one.path}: has no {lacking[0]}, which {other.path} has; give two with the same parts")
+        without, with_it = (new, old) if lacking[0] in parts[0] else (old, new)
+        raise UserError(f"{without.path}: has no {lacking[0]}, which {with_it.path} has; give two with the same parts")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -105,8 +106,8 @@ def _change(old: Base, new: Base, key: str) -> Tensor:
     """W - W_0 in float32."""
     shapes = [one.tensors[key].shape if key in one.tensors else None for one in (old, new)]
     if shapes[0] != shapes[1]:
-        told = f"{key} is {shapes[1]}, in {old.path} {shapes[0]}"
-        raise UserError(f"{new.path}: {told}; give two checkpoints of the same architecture")
+        sides = f"{key} is {shapes[1]}, in {old.path} {shapes[0]}"
+        raise UserError(f"{new.path}: {sides}; give two checkpoints of the same architecture")
     change = new.read(key).float() - old.read(key).float()
     if not change.isfinite().all():
         raise UserError(f"{new.path}: {key} or that of {old.path} has values that are not finite; one is damaged")

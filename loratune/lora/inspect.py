@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
-from loratune.families.architectures import architectures, describe_unsupported, detect, layout_kind, title
+from loratune.families.architectures import architectures, describe_unsupported, detect
 from loratune.families.base import Base
-from loratune.families.base_configs import CONFIGS_KEY, is_inpainting, stated_schedule
+from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.known import family_of
 from loratune.formats.headers import Header, read_header
 from loratune.lora.fits import fitting, layer_names
-from loratune.lora.names import DOWN, detect_format
-from loratune.lora.original_keys import Keys, read_keys
-from loratune.lora.readers import REFUSED, WHOLE, verdicts
+from loratune.lora.keys import unread
+from loratune.lora.readers import REFUSED, WHOLE, Keys, read_keys, verdicts
+from loratune.lora.tables.known import detect_format
+from loratune.lora.tables.table import DOWN
 
 if TYPE_CHECKING:
     from loratune.lora.file import LoRAFile
@@ -66,14 +68,15 @@ def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
     found: dict[str, Any] = {"file": str(file)}
     if name:
         configs = architectures()[name]
-        found |= {"kind": "checkpoint", "family": title(configs), "architecture": name}
-        found["variant"] = "inpainting" if is_inpainting(configs) else "text to image"
-        found["prediction"] = stated_schedule(header).get("prediction_type", "not told by the file")
-        found["layout"] = f"single file ({layout_kind(configs)})"
+        family = family_of(configs)
+        found |= {"kind": "checkpoint", "family": family.title_of(configs), "architecture": name}
+        found["variant"] = family.variant(configs)
+        found["prediction"] = family.stated(header).get("prediction_type", "not told by the file")
+        found["layout"] = f"single file ({family.name})"
     elif own:
         found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
     else:
-        found["kind"] = describe_unsupported(header) or "not a file that is known here"
+        found["kind"] = unread(header.tensors) or describe_unsupported(header) or "not a file that is known here"
     found |= _of_headers([header])
     merged = {key: _parsed(value) for key, value in header.metadata.items() if "merge" in key.lower()}
     rest = {key: value for key, value in header.metadata.items() if key != CONFIGS_KEY and key not in merged}
@@ -93,7 +96,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "file": str(folder),
         "kind": "checkpoint",
         "family": base.title,
-        "variant": "inpainting" if base.inpainting else "text to image",
+        "variant": base.variant,
         "prediction": configs["scheduler"].get("prediction_type", "not told by the folder"),
         "layout": f"diffusers folder ({configs['model_index']['_class_name']})",
         "size": f"{sum(header.size for some in headers.values() for header in some):,} bytes",
@@ -121,7 +124,7 @@ def describe_lora(file: Path, header: Header) -> dict[str, Any]:
     Raises:
         UserError: its tensors cannot be read at all.
     """
-    keys = read_keys(file, header)
+    keys = read_keys(file, header, layer_names())
     lora, problem = _read(file)
     found: dict[str, Any] = {"file": str(file), "kind": _kind(keys), "format": keys.format or "not known"}
     found["family"] = _family(keys, header, lora)
@@ -187,9 +190,8 @@ def _numbers(file: Path, header: Header, lora: LoRAFile | None) -> dict[str, Any
     from loratune.lora.progress import shown
 
     if lora is None:
-        kinds = {key for key, info in header.tensors.items() if info.dtype in ("F16", "BF16", "F32", "F64")}
-        each = ((key, read_tensors(file, [key])[key]) for key in header.tensors if key in kinds)
-        return {"not finite": not_finite(each)}
+        floats = [key for key, info in header.tensors.items() if info.dtype in ("F16", "BF16", "F32", "F64")]
+        return {"not finite": not_finite(read_tensors(file, floats).items())}
     sizes = sizes_by_block(shown(list(lora.layers.items()), "norms"))
     return {
         "not finite": {},

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base import Base
-from loratune.families.load import load_family
-from loratune.families.sd import StableDiffusion
-from loratune.lora.file import LoRAFile
+from loratune.families.load import load_model
+from loratune.families.model import Model
 from loratune.lora.merge.memory import merge_into, parse_weighted
 from loratune.lora.tokens import put_embedding
 
@@ -32,14 +30,14 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not available here; give cpu or auto") from None
 
 
-def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: Sequence[Path] = ()) -> StableDiffusion:
+def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: Sequence[Path] = ()) -> Model:
     """A base with LoRAs added to its weights and with learned tokens, ready to draw."""
-    family = load_family(base)
+    model = load_model(base)
     names = module_names(Base.open(base).configs)
     loras = [parse_weighted(text, names) for text in lora]
-    merge_into(family.components(), loras)
+    merge_into(model.components(), loras)
     for one in loras:
-        family.follow(cast(LoRAFile, one.file).metadata)
+        model.follow(one.file.metadata)
     for file in embedding:
-        put_embedding(file, family.text_parts())
-    return family.requires_grad_(False).eval().to(pick_device(device))
+        put_embedding(file, model.text_parts())
+    return model.requires_grad_(False).eval().to(pick_device(device))

@@ -1,4 +1,4 @@
-"""What a training step will take, told from shapes alone: nothing is allocated and no weight is read."""
+"""The memory of a training step, from shapes alone: nothing is allocated and no weight is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from loratune.families.family import Family
+from loratune.families.model import Model
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -170,7 +170,7 @@ def weight_bytes(module: nn.Module, trained: bool, precision: str = "32-true") -
 
 
 def step(
-    family: Family,
+    model: Model,
     count: int,
     shape: Sequence[int],
     conditioning: Callable[[], dict[str, Any]],
@@ -180,14 +180,14 @@ def step(
     """What a forward pass for `count` images keeps and takes, and with `backward` the backward pass too.
 
     Args:
-        family: imagined.
+        model: imagined.
         count: images in the batch.
         shape: of one x_0.
         told: makes the batch's condition.
         rules: of the device and the precision.
         backward: whether the peak may be in it, as with checkpointing.
     """
-    own = {value.untyped_storage()._cdata for value in (*family.parameters(), *family.buffers())}
+    own = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -196,12 +196,12 @@ def step(
             kept[storage._cdata] = storage.nbytes()
         return value
 
-    rules.reach(family)
+    rules.reach(model)
     with Live() as live, rules:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             x_t = torch.empty(count, *shape, device="meta")
             t = torch.zeros(count, dtype=torch.long, device="meta")
-            loss = family.denoise(x_t, t, conditioning()).square().mean()
+            loss = model.denoise(x_t, t, conditioning()).square().mean()
         flops = live.flops + rules.flops
         if backward:
             loss.backward()

@@ -19,10 +19,10 @@ from loratune.evaluation.samples import SampleGrid
 from loratune.families.load import without_weights
 from loratune.planning.footprint import Rules, imagine, peak, state_bytes, step, weight_bytes
 from loratune.recipe.parse import RecipeCLI
+from loratune.recipe.rules import FROM_BASE
 from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
-from loratune.training.memory import FROM_BASE
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LOOKED_AT = 1000
@@ -112,25 +112,26 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     if not isinstance(module, DiffusionModule):
         raise UserError(f"{recipe}: plan knows LoRAModule and DiffusionModule, not {type(module).__name__}")
     trainer: Any = cli.trainer
-    data, family = cli.datamodule, module.family
+    data, model = cli.datamodule, module.model
+    network = model.family.denoiser.name
     precision = str(trainer.precision_plugin.precision)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     counts = {flag: sum(p.numel() for p in module.parameters() if p.requires_grad == flag) for flag in (True, False)}
-    weights = {name: weight_bytes(part, False, precision) for name, part in family.components().items()}
-    own = weight_bytes(family, True, precision)
+    weights = {name: weight_bytes(part, False, precision) for name, part in model.components().items()}
+    own = weight_bytes(model, True, precision)
     imagine(module, precision)
     sizes = sizes_of(data)
-    shape = max((family.latent_shape(*size) for size in sizes), key=lambda shape: shape[-1] * shape[-2])
+    shape = max((model.latent_shape(*size) for size in sizes), key=lambda shape: shape[-1] * shape[-2])
     rules, frozen_text = Rules(precision, gpu), module.text_is_frozen
     captions = ["a caption"] * data.batch_size
 
     def conditioning() -> dict[str, Any]:
         with torch.set_grad_enabled(not frozen_text):
-            return dict(family.encode_prompts(captions))
+            return dict(model.encode_prompts(captions))
 
     condition = conditioning()
     once = step(
-        family,
+        model,
         data.batch_size,
         shape,
         (lambda: condition) if frozen_text else conditioning,
@@ -140,17 +141,17 @@ def make_plan(recipe: Path, gpu: bool, words: Sequence[str] = (), rate: float | 
     encoding = _encoding(module, max(sizes, key=lambda size: size[0] * size[1]), precision, gpu)
     sampling = _sampling(module, trainer, data, gpu)
     averages = own if any(isinstance(callback, EMA) for callback in trainer.callbacks) else 0
-    kept = weights if not module.memory.unload_encoders else {"unet": weights["unet"]}
+    kept = weights if not module.memory.unload_encoders else {network: weights[network]}
     memory = {
         "weights": sum(kept.values()),
-        "adapter" if weights["unet"] else "trained": own + averages,
+        "adapter" if weights[network] else "trained": own + averages,
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state_bytes(module.optimizer, [p.numel() for p in trained]),
         "activations": once.activations,
         "transient": once.transient,
     } | ({"device": CONTEXT} if gpu else {"process": PROCESS + round(HEAP * (once.activations + once.transient))})
     # Forward, the gradients of what each layer reads, those of its weights where all are trained, and forward again.
-    passes = 2 + (weights["unet"] == 0) + module.memory.gradient_checkpointing
+    passes = 2 + (weights[network] == 0) + module.memory.gradient_checkpointing
     images = len(data.collection)
     batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     steps = _steps(trainer, images_of_an_epoch(data), batch)
@@ -180,7 +181,7 @@ def sizes_of(data: Any) -> list[tuple[int, int]]:
     collection, sizes = data.collection, set()
     for number in range(0, len(collection), max(1, len(collection) // LOOKED_AT)):
         source, row = collection.at(number)
-        with suppress(OSError):  # an unreadable image is told of when the run begins
+        with suppress(OSError):  # an unreadable image is reported when the run begins
             sizes.add(collection.entry(source, row, collection.sources[source][row]).bucket[::-1])
     return sorted(sizes)
 
@@ -198,7 +199,7 @@ def _encoding(module: DiffusionModule, size: tuple[int, int], precision: str, gp
     if module.batch_kind != "latents":
         return 0
     pixels = torch.empty(1, 3, *size, device="meta")
-    vae: Any = module.family.vae
+    vae: Any = module.model.components()[module.model.names("vae")[0]]
     return peak(lambda: vae.encode(pixels.to(vae.dtype)), Rules("32-true", gpu))
 
 
@@ -210,23 +211,23 @@ def _sampling(module: DiffusionModule, trainer: L.Trainer, data: Any, gpu: bool)
     }
     if not any(every.values()):
         return 0
-    family: Any = module.family
+    model: Any = module.model
     shape, rules = (
-        family.latent_shape(data.resolution, data.resolution),
+        model.latent_shape(data.resolution, data.resolution),
         Rules(str(trainer.precision_plugin.precision), gpu),
     )
 
     def some(count: int) -> torch.Tensor:
         return torch.empty(count, *shape, device="meta")
 
-    conditioning = family.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
+    conditioning = model.encode_prompts(["a caption"] * 2 * data.batch_size)  # with and without the caption
     t = torch.zeros(2 * data.batch_size, dtype=torch.long, device="meta")
-    taken = peak(lambda: family.denoise(some(len(t)), t, conditioning), rules)
-    vae = getattr(family, "vae", None)
-    if vae is None or not every.get(SampleGrid):
+    taken = peak(lambda: model.denoise(some(len(t)), t, conditioning), rules)
+    vaes: Any = [model.components()[name] for name in model.names("vae")]
+    if not vaes or not every.get(SampleGrid):
         return taken
-    # SDXL's decoder works in float32 whatever the run's precision is.
-    return max(taken, peak(lambda: vae.decode(some(1).to(vae.dtype)), Rules("32-true", gpu)))
+    # Some families decode in float32 whatever the run's precision is.
+    return max(taken, peak(lambda: vaes[0].decode(some(1).to(vaes[0].dtype)), Rules("32-true", gpu)))
 
 
 def _cached(shape: Sequence[int], condition: dict[str, Any], count: int) -> int:
@@ -255,7 +256,7 @@ def parse_memory(text: str) -> int:
 
 
 def changes(cli: RecipeCLI) -> Iterator[tuple[str, list[str]]]:
-    """What would take less memory, the least harmful first: the key as told, and the words that set it."""
+    """What would take less memory, the least harmful first: the key as shown, and the words that set it."""
     module: Any = cli.model
     memory, data = module.memory, cli.datamodule
     lora: Any = getattr(module, "lora", None)

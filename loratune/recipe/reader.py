@@ -119,8 +119,8 @@ def _check_keys(path: Path, node: yaml.Node) -> None:
             if not isinstance(key, yaml.ScalarNode):
                 raise UserError(f"{path}:{line}: a key is {key.tag.rpartition(':')[2]}; write a name")
             if key.value in first and key.value != "<<":
-                told = f"'{key.value}' stands twice, first in line {first[key.value]}"
-                raise UserError(f"{path}:{line}: {told}; keep one of them")
+                fault = f"'{key.value}' stands twice, first in line {first[key.value]}"
+                raise UserError(f"{path}:{line}: {fault}; keep one of them")
             first[key.value] = line
             _check_keys(path, value)
     elif isinstance(node, yaml.SequenceNode):

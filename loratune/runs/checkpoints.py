@@ -102,7 +102,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's rotation, with nothing lost: of checkpoints, of what was logged, and where a signal ends the run.
+    """Lightning's ModelCheckpoint, with nothing lost: of checkpoints, of metrics, and where a signal ends the run.
 
     A checkpoint is deleted only when the one that takes its place is on disk. Where a validation follows a step, the
     step's checkpoint is written after it, so that a run that goes on from there has the validation's numbers. Where

@@ -19,10 +19,10 @@ NAMED = 16
 
 
 class Guard(L.Callback):
-    """Skip steps whose loss or gradients hold NaN or Inf, count them, and stop where there is no end to them.
+    """Skip steps with NaN or Inf in the loss or the gradients, and stop after too many in a row.
 
     A skipped step leaves weights, the optimizer's state and the loss scale as they were; it counts as a step of the
-    run, so that the order of images and the schedule stay what they are.
+    run, so that the order of images and the learning rate stay the same.
 
     Args:
         max_skipped_steps: stop the run after so many skipped steps in a row; 0 never stops it.

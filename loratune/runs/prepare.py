@@ -15,11 +15,11 @@ from loratune.data.audit import audit
 from loratune.data.module import CaptionedImages
 from loratune.errors import UserError
 from loratune.families.base import Base
+from loratune.families.known import family_of
 from loratune.families.prompts import Prompts
-from loratune.families.sd import check_side
 from loratune.lora.tokens import WINDOW, NewToken
 from loratune.runs.checkpoints import last_checkpoint
-from loratune.runs.folder import clear, refuse_another, take
+from loratune.runs.folder import refuse_another, refuse_foreign, take
 from loratune.runs.resume import check_recipe
 from loratune.training.captions import counter
 
@@ -50,7 +50,9 @@ def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
         raise UserError(f"run.overwrite is true, and --ckpt_path {given} goes on with a run; leave out one of them")
     if is_first():
         take(folder)
-        if not chosen.run.overwrite:
+        if chosen.run.overwrite:
+            refuse_foreign(folder)
+        else:
             refuse_another(folder, resumed, given in ("last", "hpc"))
     if resumed is not None:
         check_recipe(resumed, recipe(), chosen.run.allow_changed)
@@ -70,21 +72,12 @@ def check_data(chosen: Any) -> None:
     parser.add_lightning_class_args(CaptionedImages, "data")
     data: CaptionedImages = parser.instantiate_classes(Namespace(data=chosen.data)).data
     model = chosen.model.get("init_args") or chosen.model
-    memory = model.get("memory")
-    if memory is not None and memory.unload_encoders and (data.captions.changes_tags or not data.cache_latents):
-        key = (
-            "cache_latents is false"
-            if not data.cache_latents
-            else "captions.shuffle_tags and tag_dropout make captions"
-        )
-        told = f"model.memory.unload_encoders is true, but data.{key}, which have to be encoded in each step"
-        raise ValueError(f"{told}; set model.memory.unload_encoders: false")
     if is_first() and data.strict:
         refuse_faults(data, model)
     elif is_first():
         data.check(warn=False)
     if (configs := _configs(model.get("base"))) is not None:
-        data.check_sizes(Sides(configs))
+        data.check_sizes(Sizes(configs))
 
 
 def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
@@ -109,29 +102,21 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
         raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
 
 
-class Sides:
-    """What a base's configurations say of the images' sides.
+class Sizes:
+    """What a base's configurations say of the images' sizes.
 
     Args:
         configs: by component.
     """
 
     def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        vae = configs.get("vae", {})
-        self.factor = 2 ** (len(vae.get("block_out_channels", ("",))) - 1)
+        self.configs = configs
 
-    def latent_shape(self, height: int, width: int) -> None:
-        """Raise UserError for sides, in pixels, that the VAE cannot halve often enough."""
-        for side in (height, width):
-            check_side(side, self.factor)
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Raise UserError for a size in pixels that the base cannot take."""
+        return family_of(self.configs).latent_shape(self.configs, height, width)
 
 
 def is_first() -> bool:
     """Whether this is the first process of the run; launchers say so before there is a trainer."""
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
-
-
-def make_room(chosen: Any) -> None:
-    """Delete the run that a folder holds, where the recipe says so and the new one could be built."""
-    if chosen.run.overwrite and is_first():
-        clear(Path(chosen.trainer.default_root_dir))

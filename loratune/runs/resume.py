@@ -122,7 +122,7 @@ def _lines(entries: Any) -> Iterator[str]:
 
 
 class Run(L.Callback):
-    """What the run's folder may hold, and what a resumed run may change.
+    """The run's folder, and what may change on a resume.
 
     Args:
         overwrite: replace the run that the folder holds; its checkpoints, curves and LoRAs are deleted.

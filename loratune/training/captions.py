@@ -20,4 +20,4 @@ def counter(prompts: Prompts, token: NewToken | None) -> Callable[[str], int]:
     """
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_tokens([] if token is None else token.names)
-    return lambda caption: len(tokenise(caption, tokenizer, prompts.weights))
+    return lambda caption: len(tokenise(caption, tokenizer, prompts.weighting))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from loratune.families.sd import TOKENIZER, text_config
-from loratune.families.single_file import canonical_keys, module_text_keys
+from loratune.families.sd import TEXT_PART, TOKENIZER, text_config
+from loratune.families.single_file import module_keys
 from loratune.formats.images import normalise
 from loratune.training.export import Target
 from loratune.training.schedules import LRSchedule, of_step, optimizer_and_schedule
@@ -82,8 +82,8 @@ class ContrastiveModule(L.LightningModule):
     def text_encoder(self) -> CLIPTextModel:
         """The text tower alone, as Stable Diffusion takes it."""
         encoder = CLIPTextModel(self.clip.config.text_config)
-        weights = canonical_keys("text_encoder", self.clip.text_model.state_dict())
-        encoder.load_state_dict(module_text_keys(weights, encoder.state_dict().keys()))
+        weights = self.clip.text_model.state_dict()
+        encoder.load_state_dict(module_keys(TEXT_PART, weights, encoder.state_dict().keys()))
         return encoder
 
     def save(self, target: Target) -> list[Path]:

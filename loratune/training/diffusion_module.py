@@ -15,10 +15,10 @@ from torch import Tensor
 
 from loratune.diffusion.objective import weighted_error
 from loratune.diffusion.process import diffuse, target
-from loratune.families.family import Condition, Family
-from loratune.families.load import load_family
+from loratune.families.conditions import choose_condition
+from loratune.families.family import Architecture, Condition
+from loratune.families.load import load_model
 from loratune.families.save import save_diffusers_folder
-from loratune.families.sd import StableDiffusion
 from loratune.training.export import Target
 from loratune.training.memory import Memory, unload_encoders
 from loratune.training.objectives import Objective, mask_of
@@ -33,8 +33,9 @@ class DiffusionModule(L.LightningModule):
     """Train the weights of a diffusion model: x_0 ~ data, t ~ U{1..T}, e ~ N(0, I), one step on the loss.
 
     Args:
-        base: the model: builtin:NAME, a diffusers folder, a .safetensors file, a hub id, or a Family.
-        trainable: components whose weights are trained; the others are frozen.
+        base: the model: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
+        architecture: a model with new weights, in place of a base.
+        trainable: components whose weights are trained, the others are frozen; none given trains the denoiser.
         objective: the loss.
         optimizer: any torch optimizer.
         lr_schedule: the learning rate over the run.
@@ -43,32 +44,32 @@ class DiffusionModule(L.LightningModule):
 
     def __init__(
         self,
-        base: Family | str,
-        trainable: tuple[str, ...] = ("unet",),
+        base: str | None = None,
+        architecture: Architecture | None = None,
+        trainable: tuple[str, ...] | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if trainable:
-            memory.check_full()
-        if isinstance(base, str):
-            objective.check_named(base)
-        self.base_name = base if isinstance(base, str) else type(base).__name__
-        self.family = load_family(base, memory.torch_dtype, ("vae",)) if isinstance(base, str) else base
+        if (base is None) == (architecture is None):
+            raise ValueError("base and architecture: give one of them, a base that is there or the sizes of a new one")
+        self.base_name = base or type(architecture).__name__
+        self.model = architecture.build() if architecture else load_model(str(base), memory.torch_dtype, vae_exact=True)
         self.memory = memory
         self.objective, self.optimizer, self.lr_schedule = objective, optimizer, lr_schedule
-        objective.prepare(self.family)
-        self.family.requires_grad_(False)
-        components = self.family.components()
+        objective.prepare(self.model)
+        self.model.requires_grad_(False)
+        components = self.model.components()
+        trainable = (self.model.family.denoiser.name,) if trainable is None else trainable
         for name in trainable:
             if name not in components:
                 raise ValueError(f"trainable: '{name}' is not a component of the base; it has {list(components)}")
             components[name].requires_grad_(True)
         if trainable:
-            memory.hold(self.family, ())
-            memory.arrange(self.family, tuple(name for name in trainable if name.startswith("text_encoder")))
+            memory.hold(self.model, ())
+            memory.arrange(self.model, tuple(name for name in trainable if name in self.model.names("text_encoder")))
         # Checkpoints hold what is trained; the rest comes from the base again.
         self.strict_loading = False
         self._nothing: Condition | None = None
@@ -78,13 +79,13 @@ class DiffusionModule(L.LightningModule):
     @property
     def batch_kind(self) -> str:
         """What the data module must put into a batch: pixels or latents."""
-        return self.family.batch_kind
+        return self.model.batch_kind
 
     @property
     def text_is_frozen(self) -> bool:
         """Whether captions can be encoded once and cached."""
-        parts = self.family.components().items()
-        encoders = [module for name, module in parts if name.startswith("text_encoder")]
+        parts = self.model.components()
+        encoders = [parts[name] for name in self.model.names("text_encoder")]
         return not any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -104,20 +105,20 @@ class DiffusionModule(L.LightningModule):
         return generator(self.device, os.environ.get("PL_GLOBAL_SEED", "0"), stage, batch_idx, rank)
 
     def _condition(self, batch: dict[str, Any], dropped: Tensor | None) -> Condition:
-        """What the network is told; without a caption where `dropped` (B,) says so."""
+        """The network's conditioning; of the empty caption where `dropped` (B,) is true."""
         if not self.text_is_frozen or "condition" not in batch:
             if dropped is None:
-                return self.family.encode_prompts(batch["caption"])
+                return self.model.encode_prompts(batch["caption"])
             # Reading `dropped` here would make the host wait for the device.
-            conditions = self.family.encode_prompts([*batch["caption"], ""])
-            return _where(dropped, {name: value[-1:] for name, value in conditions.items()}, conditions)
+            conditions = self.model.encode_prompts([*batch["caption"], ""])
+            return choose_condition(dropped, {name: value[-1:] for name, value in conditions.items()}, conditions)
         condition: Condition = batch["condition"]
         if dropped is None:
             return condition
         if self._nothing is None:
             with torch.no_grad():
-                self._nothing = self.family.encode_prompts([""])
-        return _where(dropped, self._nothing, condition)
+                self._nothing = self.model.encode_prompts([""])
+        return choose_condition(dropped, self._nothing, condition)
 
     def losses(
         self,
@@ -132,22 +133,21 @@ class DiffusionModule(L.LightningModule):
         Random numbers are drawn for all rows of which these are a share.
         """
         share = share or Share(0, len(t), len(t))
-        shape = (share.total, *self.family.x_0(batch, None).shape[1:])
-        x_0 = self.family.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
+        shape = (share.total, *self.model.x_0(batch, None).shape[1:])
+        x_0 = self.model.x_0(batch, share.cut(torch.randn(shape, generator=random, device=self.device)))
         noise, noise_in = (share.cut(tensor) for tensor in objective.noise(shape, random))
         drawn = torch.rand(share.total, generator=random, device=self.device)
         dropped = share.cut(drawn) < objective.caption_dropout
         condition = self._condition(batch, dropped if objective.caption_dropout else None)
-        if "sizes" in batch:
-            condition = {**condition, "sizes": batch["sizes"]}
-        schedule = self.family.noise_schedule
+        condition = self.model.family.conditioned(condition, batch)
+        schedule = self.model.noise_schedule
         a, b = schedule.at(t, x_0)
-        output = self.family.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), condition)
+        output = self.model.denoise(diffuse(x_0, noise_in, a, b), schedule.time(t), condition)
         return weighted_error(
             output,
-            target(self.family.prediction, x_0, noise, a, b),
-            objective.weight(self.family, a, b),
-            objective.c(t, a, b, len(self.family.noise_schedule)),
+            target(self.model.prediction, x_0, noise, a, b),
+            objective.weight(self.model, a, b),
+            objective.c(t, a, b, len(self.model.noise_schedule)),
             mask_of(batch, x_0),
         )
 
@@ -162,15 +162,15 @@ class DiffusionModule(L.LightningModule):
             return
         if self.objective.caption_dropout:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                self._nothing = self.family.encode_prompts([""])
-        unload_encoders(self.family)
+                self._nothing = self.model.encode_prompts([""])
+        unload_encoders(self.model)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         share = Share.of(batch)
         random = self._generator("train", batch_idx, 0 if "share" in batch else self.global_rank)
         for part in self._dropouts:
             part.share = share
-        t = share.cut(self.objective.timesteps.draw(share.total, len(self.family.noise_schedule), random))
+        t = share.cut(self.objective.timesteps.draw(share.total, len(self.model.noise_schedule), random))
         losses = self.losses(batch, t, random, self.objective, share)
         self.latest = (t, losses.detach())
         loss = (losses * batch["loss_weight"]).mean() if "loss_weight" in batch else losses.mean()
@@ -190,7 +190,7 @@ class DiffusionModule(L.LightningModule):
         plain = replace(
             self.objective, caption_dropout=0.0, noise_offset=0.0, pyramid_noise=0.0, input_perturbation=0.0
         )
-        count, steps = len(batch["name"]), len(self.family.noise_schedule)
+        count, steps = len(batch["name"]), len(self.model.noise_schedule)
         random = self._generator(stage, batch_idx)
         losses = []
         for part in range(VALIDATION_STEPS):
@@ -199,22 +199,13 @@ class DiffusionModule(L.LightningModule):
         self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=count)
 
     def save(self, target: Target) -> list[Path]:
-        """Write the whole base as diffusers' folder base-STEP/; of a family that diffusers does not know, nothing."""
-        if not isinstance(self.family, StableDiffusion):
+        """Write the whole base as diffusers' folder base-STEP/; of a model that diffusers does not know, nothing."""
+        if not self.model.family.pipeline:
             return []
         names = (f"base-{self.global_step}{f'-{count}' * bool(count)}" for count in itertools.count())
         folder = next(path for name in names if not (path := target.folder / name).exists())
-        save_diffusers_folder(self.family, folder, target.dtype)
+        save_diffusers_folder(self.model, folder, target.dtype)
         return [folder]
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(self, self.trained_parameters(), self.optimizer, self.lr_schedule)
-
-
-def _where(dropped: Tensor, nothing: Condition, condition: Condition) -> Condition:
-    """A condition of batch 1 where `dropped` (B,) is true, and the first B of another where it is not."""
-    count = len(dropped)
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing[name].to(value), value[:count])
-        for name, value in condition.items()
-    }

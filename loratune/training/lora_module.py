@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
-from loratune.families.family import Family
+from loratune.families.base import Base
 from loratune.families.prompts import Prompts
 from loratune.families.save import configs_of
-from loratune.families.sd import TOKENIZER, StableDiffusion
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.inject import TEXT_TARGETS, LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
-from loratune.lora.layers import LowRank
+from loratune.lora.inject import LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.tokens import Embedding, NewToken, add_tokens, check_new, initial_rows, rows_of, write_embedding
 from loratune.lora.verify import verify
 from loratune.training.diffusion_module import DiffusionModule
@@ -35,7 +33,7 @@ class LoRAModule(DiffusionModule):
     """Train a LoRA: W_0 is frozen, B A beside it is trained; at step 0 it equals the base.
 
     Args:
-        base: the model: builtin:NAME, a diffusers folder, a .safetensors file, a hub id, or a Family.
+        base: the model: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
         lora: type, rank, alpha, targets and the like of the adapter.
         objective: the loss.
         optimizer: any torch optimizer.
@@ -45,11 +43,9 @@ class LoRAModule(DiffusionModule):
         memory: options that save memory or time.
     """
 
-    saves_between_steps = True
-
     def __init__(
         self,
-        base: Family | str,
+        base: str,
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -58,65 +54,56 @@ class LoRAModule(DiffusionModule):
         prompts: Prompts = Prompts(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
-        memory.check_adapter(lora.type, lora.init, lora.text_encoder or tokens is not None)
-        if lora.init_from and not lora.init_from.is_file():
-            raise ValueError(f"lora.init_from {lora.init_from}: no such file; give a LoRA, or leave it out")
         if tokens is not None:
-            check_new(tokens, CLIPTokenizer.from_pretrained(TOKENIZER))  # before any weight is read
-        elif lora.targets == "none" and not lora.text_encoder:
-            raise ValueError("lora.targets is none and nothing else is trained; set model.tokens, or other targets")
-        super().__init__(base, (), objective, optimizer, lr_schedule, memory)
+            _check_token(tokens, base)  # before any weight is read
+        super().__init__(base, None, (), objective, optimizer, lr_schedule, memory)
         self.lora, self.tokens = lora, tokens
         if prompts != Prompts():
-            self._text_family("prompts").prompts = prompts
-        components = self.family.components()
-        encoded = tuple(name for name in components if name.startswith("text_encoder"))
-        if next(self.family.network.parameters()).is_meta:  # pissa and olora need numbers
+            if not self.model.family.windows:
+                raise ValueError(f"prompts: {self.model.family.title} reads captions whole; leave it out")
+            self.model.prompts = prompts
+        components, encoded = self.model.components(), self.model.names("text_encoder")
+        if next(self.model.network.parameters()).is_meta:  # pissa and olora need numbers
             lora = replace(lora, init="kaiming")
-        memory.hold(self.family, ("unet", *(encoded if lora.text_encoder else ())))
+        memory.hold(self.model, (self.model.family.denoiser.name, *(encoded if lora.text_encoder else ())))
         if lora.targets != "none":
-            inject(self.family.network, lora, lora.pattern)
-        encoders = [module for name, module in components.items() if name.startswith("text_encoder")]
-        if lora.text_encoder and not encoders:
+            inject(self.model.network, lora, lora.pattern(self.model.family.targets))
+        if lora.text_encoder and not encoded:
             raise ValueError("lora.text_encoder: this base has no text encoder")
-        for encoder in encoders if lora.text_encoder else ():
-            inject(encoder, lora, TEXT_TARGETS)
-        for name, parameter in self.family.named_parameters():
+        for name in encoded if lora.text_encoder else ():
+            inject(components[name], lora, self.model.family.text_targets)
+        for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_adapter(name))
             if is_adapter(name):
                 parameter.data = parameter.data.float()  # peft takes the base's dtype, which small steps may vanish in
         self._rows: list[torch.nn.Parameter] = [] if tokens is None else self._learn(tokens)
         self._first_rows = [row.detach().clone() for row in self._rows]
         if lora.init_from:
-            names = module_names(configs_of(self.family)) if isinstance(self.family, StableDiffusion) else ()
+            names = module_names(configs_of(self.model))
             put(components, read_lora(lora.init_from, names).layers, lora.init_from)
-        memory.arrange(self.family, encoded if lora.text_encoder or tokens is not None else ())
+        memory.arrange(self.model, encoded if lora.text_encoder or tokens is not None else ())
         self._is_cut = False
         self._start = at_start(components) if lora.init in ("pissa", "olora") else {}
 
-    def _text_family(self, key: str) -> StableDiffusion:
-        if not isinstance(self.family, StableDiffusion):
-            raise ValueError(f"{key}: this base has no text encoder")
-        return self.family
-
     def _learn(self, tokens: NewToken) -> list[torch.nn.Parameter]:
-        parts = self._text_family("tokens").text_parts()
+        parts = self.model.text_parts()
         for tokenizer, _ in parts.values():
             check_new(tokens, tokenizer)
         return add_tokens(parts, tokens.names, initial_rows(tokens, parts))
 
     def rows(self) -> dict[str, Tensor]:
         """The new token's rows as they stand, (v, d) for each text encoder; none where no token is learned."""
-        return rows_of(self._text_family("tokens").text_parts()) if self.tokens else {}
+        return rows_of(self.model.text_parts()) if self.tokens else {}
 
     def configure_model(self) -> None:
         """Cut the network, and what text encoders are trained, over the devices where the strategy asks for it."""
         mesh = self._device_mesh
         if mesh is None or self._is_cut:
             return
-        for name, part in self.family.components().items():
-            if name == "unet" or any(parameter.requires_grad for parameter in part.parameters()):
-                shard(part, mesh["data_parallel"])
+        for name, module in self.model.components().items():
+            part = self.model.family.part(name)
+            if part.role == "denoiser" or any(parameter.requires_grad for parameter in module.parameters()):
+                shard(module, mesh["data_parallel"], part.shards)
         self._is_cut = True
 
     def on_fit_start(self) -> None:
@@ -133,7 +120,7 @@ class LoRAModule(DiffusionModule):
 
     def layers(self) -> dict[str, LowRank]:
         """The adapter as it stands, by canonical layer name."""
-        return collect(self.family.components(), self._start)
+        return collect(self.model.components(), self._start)
 
     def save(self, target: Target) -> list[Path]:
         """Write the adapter, which is read back and compared, and the new token's rows.
@@ -148,7 +135,7 @@ class LoRAModule(DiffusionModule):
         written = []
         if layers:
             written.append(target.path("lora"))
-            metadata = standard(self.trainer, self.family, self.lora.type, layers) | facts
+            metadata = standard(self.trainer, self.model, self.lora.type, layers) | facts
             write_lora(written[-1], LoRAFile(layers, metadata), target.format, target.dtype)
             verify(written[-1], layers, target.format, target.dtype)
         if self.tokens is not None:
@@ -157,8 +144,17 @@ class LoRAModule(DiffusionModule):
         return written
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.family.components(), self.lora)
+        groups = parameter_groups(self.model.components(), self.lora, self.model.names("text_encoder"))
         if self.tokens is not None:
             own = {} if self.tokens.lr is None else {"lr": self.tokens.lr}
             groups.append({"params": self._rows, "factor": 1.0, **own})
         return optimizer_and_schedule(self, groups, self.optimizer, self.lr_schedule)
+
+
+def _check_token(tokens: NewToken, base: str) -> None:
+    """Raise ValueError where a base cannot learn a token."""
+    opened = Base.open(base)
+    if not opened.family.tokenizers:
+        raise ValueError(f"tokens: the text encoder of {opened.title} takes no new tokens; leave it out")
+    for name in opened.family.tokenizers:
+        check_new(tokens, opened.family.load_tokenizer(opened.path, name))

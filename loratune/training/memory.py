@@ -1,7 +1,8 @@
-"""How the frozen base is held, and what is traded between memory and time."""
+"""Options that save memory or time: how the frozen base is stored, and how passes through it run."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from loratune.errors import UserError
-from loratune.families.family import Family
+from loratune.families.model import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FROM_BASE = ("pissa", "olora")
 SHAPES = 64  # of batches that are compiled, beyond which torch computes as it is
 
 
@@ -42,76 +42,48 @@ class Memory:
     compile: bool = False
     unload_encoders: bool = False
 
-    def check_adapter(self, kind: str, init: str, text_is_trained: bool) -> None:
-        """Raise ValueError where an adapter cannot be trained so.
-
-        Args:
-            kind: of adapter.
-            init: where the adapter starts.
-            text_is_trained: whether captions are encoded anew in each step.
-        """
-        if init in FROM_BASE and (self.quantization or self.dtype != "float32"):
-            key = "quantization" if self.quantization else "dtype"
-            reason = f"lora.init {init} changes W_0 itself, which has to be held in float32"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}, but {reason}; set lora.init: kaiming")
-        if self.quantization and kind in ("loha", "lokr"):
-            raise ValueError(
-                f"memory.quantization is {self.quantization}: not with lora.type {kind}; set lora.type to lora or dora"
-            )
-        if self.unload_encoders and text_is_trained:
-            reason = "the text encoder is needed in every step, as it is trained"
-            raise ValueError(f"memory.unload_encoders is true, but {reason}; set memory.unload_encoders: false")
-
-    def check_full(self) -> None:
-        """Raise ValueError where the base's own weights cannot be trained so."""
-        if self.quantization or self.dtype != "float32":
-            key = "quantization" if self.quantization else "dtype"
-            reason = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}: it {reason}")
-        if self.unload_encoders:
-            raise ValueError("memory.unload_encoders is true, but all of the base is written at the end; leave it out")
-
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype`, as torch has it."""
         return DTYPES[self.dtype]
 
-    def hold(self, family: Family, adapted: tuple[str, ...]) -> None:
+    def hold(self, model: Model, adapted: tuple[str, ...]) -> None:
         """Cast and quantize a frozen base, before adapters are put into it.
 
         Args:
-            family: the base, changed in place.
+            model: the base, changed in place.
             adapted: components that get adapters.
         """
-        for name, part in family.components().items():
-            if name != "vae" and self.dtype != "float32":
+        for name, part in model.components().items():
+            facts = model.family.part(name)
+            if facts.role != "vae" and self.dtype != "float32":
                 for parameter in part.parameters():
                     parameter.data = parameter.data.to(self.torch_dtype)
             if name in adapted and self.quantization:
-                quantize(part, self.quantization)
+                quantize(part, self.quantization, facts.exact)
         if not self.channels_last:
-            family.network.to(memory_format=torch.contiguous_format)
+            model.network.to(memory_format=torch.contiguous_format)
 
-    def arrange(self, family: Family, trained_text: tuple[str, ...] = ()) -> None:
+    def arrange(self, model: Model, trained_text: tuple[str, ...] = ()) -> None:
         """Set what concerns the passes through the network, when its layers are what they will be.
 
         Args:
-            family: the base with its adapters.
+            model: the base with its adapters.
             trained_text: text encoders that are trained too.
         """
         if self.attention == "plain":
-            attend_plainly(family.network)
+            attend_plainly(model.network)
         if self.gradient_checkpointing:
-            family.network.enable_gradient_checkpointing()
+            model.network.enable_gradient_checkpointing()
             for name in trained_text:
-                part: Any = family.components()[name]
+                part: Any = model.components()[name]
                 part.gradient_checkpointing_enable({"use_reentrant": False})
         if self.channels_last:
-            for parameter in family.network.parameters():
+            for parameter in model.network.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if self.compile:
-            compile_steps(family.network)
+            compile_steps(model.network)
 
 
 def compile_steps(network: Any) -> None:
@@ -138,7 +110,7 @@ def compile_steps(network: Any) -> None:
     network.forward = forward
 
 
-def quantize(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:
+def quantize(module: nn.Module, kind: Literal["nf4", "int8"], exact: str = r"(?!)") -> int:
     """Hold a module's linear layers in 4 or 8 bits; returns how many.
 
     On the meta device, where there is nothing to quantize, the layers are only marked, as `quantized`.
@@ -146,8 +118,10 @@ def quantize(module: nn.Module, kind: Literal["nf4", "int8"]) -> int:
     Args:
         module: changed in place, and marked as peft looks for it before it puts adapters beside such layers.
         kind: of quantization.
+        exact: a regular expression of names of layers that are left as they are.
     """
-    layers = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
+    linear = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear]
+    layers = [(name, part) for name, part in linear if not re.fullmatch(exact, name)]
     for name, part in layers:
         if part.weight.is_meta:
             part.quantized = kind  # type: ignore[assignment]
@@ -212,16 +186,11 @@ def attend_plainly(network: Any) -> None:
         ValueError: its attention layers do more than that.
     """
     layers = [part for part in network.modules() if hasattr(part, "set_processor")]
-    if any(getattr(part, "group_norm", None) or getattr(part, "residual_connection", False) for part in layers):
+    if not layers or any(
+        getattr(part, "group_norm", None) or getattr(part, "residual_connection", False) for part in layers
+    ):
         raise ValueError("memory.attention is plain: only for Stable Diffusion's U-Net; set memory.attention: sdpa")
     network.set_attn_processor(PlainAttention())
-
-
-def check_samples(unloaded: bool, every_n_steps: int) -> None:
-    """Raise ValueError where a run is to draw samples with what is unloaded."""
-    if unloaded and every_n_steps:
-        reason = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
-        raise ValueError(f"memory.unload_encoders is true, but {reason}; set samples.every_n_steps: 0")
 
 
 class Unloaded(nn.Module):
@@ -244,11 +213,11 @@ class Unloaded(nn.Module):
     encode = decode = forward
 
 
-def unload_encoders(family: Family) -> None:
+def unload_encoders(model: Model) -> None:
     """Drop a base's VAE and text encoders; only the network is left.
 
-    The parts are attributes of the family under their names in `components`.
+    The parts are attributes of the model under their names in `components`.
     """
-    for name, part in family.components().items():
-        if name != "unet":
-            setattr(family, name, Unloaded(part, name))
+    for name, part in model.components().items():
+        if name not in model.names("denoiser"):
+            setattr(model, name, Unloaded(part, name))

@@ -14,8 +14,7 @@ from loratune.diffusion.objective import check_objective, debiased_weight, min_s
 from loratune.diffusion.process import Prediction, snr
 from loratune.diffusion.timesteps import logit_normal, shifted, to_steps
 from loratune.families.base import Base
-from loratune.families.family import Family
-from loratune.families.sd import PREDICTIONS
+from loratune.families.model import Model
 
 
 def _in(key: str, value: float, least: float, most: float, hint: str = "") -> None:
@@ -126,21 +125,22 @@ class Objective:
 
     def check_named(self, base: str) -> None:
         """Raise ValueError where the loss makes no sense for a base, of which no weight is read."""
-        scheduler = Base.open(base).configs["scheduler"]
-        kind = self.prediction or PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"), "eps")
+        opened = Base.open(base)
+        scheduler, family = opened.configs["scheduler"], opened.family
+        kind = self.prediction or family.prediction(scheduler, base)
         self._check(kind, self.zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")))
 
-    def prepare(self, family: Family) -> None:
-        """Give a family the prediction and the schedule of this objective.
+    def prepare(self, model: Model) -> None:
+        """Give a model the prediction and the schedule of this objective.
 
         Raises:
             ValueError: the loss makes no sense for it.
         """
-        self._check(self.prediction or family.prediction, self.zero_terminal_snr or family.noise_schedule.ends_in_noise)
+        self._check(self.prediction or model.prediction, self.zero_terminal_snr or model.noise_schedule.ends_in_noise)
         if self.prediction:
-            family.predict(self.prediction)
+            model.predict(self.prediction)
         if self.zero_terminal_snr:
-            family.end_in_noise()
+            model.end_in_noise()
 
     def noise(self, shape: tuple[int, ...], random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The noise that the target knows, and the noise in x_t; both of `shape`."""
@@ -157,11 +157,11 @@ class Objective:
             return noise, noise
         return noise, perturb(noise, torch.randn(shape, generator=random, device=device), self.input_perturbation)
 
-    def weight(self, family: Family, a: Tensor, b: Tensor) -> Tensor | None:
+    def weight(self, model: Model, a: Tensor, b: Tensor) -> Tensor | None:
         """Weight of each sample, (B,), by its a and b, or None where all count alike."""
         if self.min_snr_gamma is not None:
-            return min_snr_weight(snr(a, b).flatten(), self.min_snr_gamma, family.prediction)
-        return debiased_weight(snr(a, b).flatten(), family.prediction) if self.debiased_estimation else None
+            return min_snr_weight(snr(a, b).flatten(), self.min_snr_gamma, model.prediction)
+        return debiased_weight(snr(a, b).flatten(), model.prediction) if self.debiased_estimation else None
 
     def c(self, t: Tensor, a: Tensor, b: Tensor, steps: int) -> Tensor | None:
         """c of the pseudo-Huber error of each sample, (B,), or None for the squared error."""

@@ -11,23 +11,15 @@ import lightning as L
 
 from loratune import __version__
 from loratune.families.base import base_hash
-from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY, Family
-from loratune.families.pipelines import lora_metadata
+from loratune.families.model import PREDICTION_KEY, ZERO_SNR_KEY, Model
 from loratune.families.save import configs_of
-from loratune.families.sd import StableDiffusion
 from loratune.lora.inject import LoRA
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.known import maker_of
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.metadata import standard_metadata, tag_frequency
 from loratune.training.objectives import Objective
 
 RECIPE_KEY = "loratune.recipe"
-# What makes the layers of each kind, as sd-scripts' metadata call it, and its arguments.
-MODULES: dict[str, tuple[str, dict[str, str] | None]] = {
-    "lora": ("networks.lora", None),
-    "dora": ("lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
-    "loha": ("lycoris.kohya", {"algo": "loha"}),
-    "lokr": ("lycoris.kohya", {"algo": "lokr"}),
-}
 PREDICTIONS = {"eps": "epsilon"}
 
 
@@ -62,30 +54,30 @@ def sampling_facts(objective: Objective) -> dict[str, str]:
     return facts | (ends if objective.zero_terminal_snr else {})
 
 
-def standard(trainer: L.Trainer, family: Family, kind: str, layers: Mapping[str, LowRank]) -> dict[str, str]:
+def standard(trainer: L.Trainer, model: Model, kind: str, layers: Mapping[str, LowRank]) -> dict[str, str]:
     """What other programs show of a LoRA.
 
     Args:
         trainer: of the run.
-        family: the base.
+        model: the base.
         kind: of the adapter.
         layers: of the adapter.
     """
-    facts = lora_metadata(configs_of(family)) if isinstance(family, StableDiffusion) else {}
-    maker, arguments = MODULES[kind]
+    configs = configs_of(model)
+    maker, arguments = maker_of(kind)
     ranks, alphas = ({getattr(layer, key) for layer in layers.values()} for key in ("rank", "alpha"))
     data = getattr(trainer, "datamodule", None)
     return standard_metadata(
         rank=ranks.pop() if len(ranks) == 1 else None,
         alpha=alphas.pop() if len(alphas) == 1 else None,
         name=Path(trainer.default_root_dir).name,
-        base_model=facts.get("base_model", "sd_v1"),
-        architecture=facts.get("architecture", "stable-diffusion-v1/lora"),
+        base_model=model.family.kohya_version(configs),
+        architecture=f"{model.family.modelspec(configs)}/lora",
         module=maker,
         arguments=arguments,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         resolution=getattr(data, "size", None),
-        prediction=PREDICTIONS.get(family.prediction, family.prediction),
+        prediction=PREDICTIONS.get(model.prediction, model.prediction),
         tags=_tags(data),
     )
 

@@ -63,7 +63,7 @@ def states() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put this process's generators where `states` found them."""
+    """Set this process's generators to saved states."""
     random.setstate((3, tuple(states["python"]), states["python_gauss"]))
     kind, position, has_gauss, gauss = states["numpy_rest"]
     np.random.set_state((kind, states["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Collection
 
 import lightning as L
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from loratune.errors import UserError
-
 NAME = "fsdp2"
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 
 class Sharded(ModelParallelStrategy):
@@ -44,43 +38,18 @@ def draws(trainer: L.Trainer) -> bool:
     return trainer.is_global_zero or is_sharded(trainer)
 
 
-def shard(part: nn.Module, mesh: DeviceMesh) -> None:
+def shard(part: nn.Module, mesh: DeviceMesh, blocks: Collection[str]) -> None:
     """Cut a component's weights over a mesh, block by block, so that one block at a time is whole in the forward pass.
 
     Args:
         part: changed in place; the channels of its convolutions come first again, as FSDP takes no others.
         mesh: of the data-parallel group.
+        blocks: names of the classes of its blocks.
     """
     for parameter in part.parameters():
         parameter.data = parameter.data.contiguous()
     for block in part.modules():
-        if isinstance(block, BLOCKS):
+        if type(block).__name__ in blocks:
             fully_shard(block, mesh=mesh)
     # By default what is in no block stays whole after a forward pass, and is then no longer what the optimizer holds.
     fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-def check_strategy(strategy: Any, model: Callable[[str], Any]) -> None:
-    """See that a strategy can do what a recipe asks of it.
-
-    Args:
-        strategy: trainer.strategy, as the recipe has it.
-        model: gives the value of a key below `model`, or None.
-
-    Raises:
-        UserError: it cannot; the message names the key.
-    """
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != NAME:
-        raise UserError(f"trainer.strategy is {strategy}, an older form that is not built for here; set {NAME}")
-    if strategy != NAME:
-        return
-    refused = {
-        "model.tokens": model("tokens") is not None,
-        "model.lora.init": model("lora.init") in ("pissa", "olora"),
-        "model.memory.quantization": model("memory.quantization") is not None,
-        "model.memory.compile": bool(model("memory.compile")),
-        "model.class_path": model("lora") is None,
-    }
-    for key, refuse in refused.items():
-        if refuse:
-            raise UserError(f"trainer.strategy is {NAME}, which is not with {key} as given; change that, or set ddp")

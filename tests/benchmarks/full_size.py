@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from loratune.families.architectures import architectures, entries, file_shapes
-from loratune.families.base_configs import WEIGHTS
+from loratune.families.known import parts
 from loratune.families.save import write_settings
 from loratune.formats.files import DTYPES, atomic_folder, atomic_path
 from loratune.formats.headers import ITEM_SIZES, TensorInfo, header_bytes
@@ -124,7 +124,7 @@ def make_folder(name: str, folder: Path, dtype: str = "F16") -> None:
     with atomic_folder(folder) as temporary:
         for component, held in shapes.items():
             (temporary / component).mkdir()
-            _write(temporary / component / WEIGHTS[component], list(infos_of(held, dtype)), numbers)
+            _write(temporary / component / parts()[component].file, list(infos_of(held, dtype)), numbers)
         write_settings(temporary, configs)
 
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from full_size import make_checkpoint, make_folder
 
-from loratune.families.architectures import architectures, layout_kind, module_names, original_names
+from loratune.families.architectures import architectures, module_names, original_names
+from loratune.families.known import family_of
 from loratune.families.layouts import Shape
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import standard_metadata
@@ -63,14 +64,14 @@ def attention_layers(architecture: str) -> dict[str, Shape]:
 def make_lora(architecture: str, path: Path) -> None:
     """A kohya LoRA in float16, with numbers as training leaves them, on all attention."""
     configs, random = architectures()[architecture], torch.Generator().manual_seed(1)
-    originals = original_names(configs) if layout_kind(configs) == "sdxl" else None
+    originals = original_names(configs) if family_of(configs).name == "sdxl" else None
     tensors = {}
     for name, (outer, inner, *_) in attention_layers(architecture).items():
         key = kohya_name(name, originals)
         tensors[f"{key}.lora_down.weight"] = (torch.randn(RANK, inner, generator=random) / inner**0.5).half()
         tensors[f"{key}.lora_up.weight"] = (torch.randn(outer, RANK, generator=random) * 0.02).half()
         tensors[f"{key}.alpha"] = torch.tensor(ALPHA).half()
-    base = {"sdxl": "sdxl_base_v1-0", "sd1": "sd_v1", "sd2": "sd_v2"}[layout_kind(configs)]
+    base = family_of(configs).kohya_version(configs)
     write_safetensors(path, tensors, standard_metadata(rank=RANK, alpha=ALPHA, base_model=base))
 
 

@@ -20,14 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = {
     "LoRA on all layers, bf16, batch 64": ["--data.batch_size", "64"],
-    "LoRA on cross-attention, float32, batch 64, checkpointing": [
+    "LoRA on cross-attention, float32, batch 64, gradient checkpointing": [
         *("--data.batch_size", "64", "--model.lora.targets", "cross-attention"),
         *("--trainer.precision", "32-true", "--model.memory.gradient_checkpointing", "true"),
     ],
     "LoRA on all layers, float32, batch 24": [
         *("--data.batch_size", "24", "--trainer.precision", "32-true"),
     ],
-    "QLoRA (nf4) on attention, bf16, batch 96, released": [
+    "QLoRA (nf4) on attention, bf16, batch 96, encoders unloaded": [
         *("--data.batch_size", "96", "--model.lora.targets", "attention", "--model.memory.quantization", "nf4"),
         *("--model.memory.dtype", "bfloat16", "--model.memory.unload_encoders", "true", "--samples.every_n_steps", "0"),
     ],

@@ -154,6 +154,7 @@ def on_gpu(row: dict[str, Any], steps: int) -> float:
     """Steps per second with random weights on a GPU: our module, or a plain loop."""
     from full_size import make_folder
 
+    from loratune.families.sdxl import StableDiffusionXL
     from loratune.lora.inject import LoRA, match_targets
     from loratune.training.lora_module import LoRAModule
     from loratune.training.memory import Memory
@@ -171,12 +172,16 @@ def on_gpu(row: dict[str, Any], steps: int) -> float:
 
         network = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.bfloat16).cuda()
         network.requires_grad_(False)
-        network.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=match_targets(network, lora.pattern)))
+        network.add_adapter(
+            LoraConfig(
+                r=16, lora_alpha=16, target_modules=match_targets(network, lora.pattern(StableDiffusionXL.targets))
+            )
+        )
         for parameter in network.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     else:
         module = LoRAModule(str(folder), lora, memory=memory).cuda()
-        network = module.family.network
+        network = module.model.network
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     if not row.get("loop"):
@@ -191,7 +196,7 @@ def on_gpu(row: dict[str, Any], steps: int) -> float:
             if row.get("loop"):
                 output = network(x, t, told["text"], added_cond_kwargs=added).sample.float()
             else:
-                output = module.family.denoise(x, t, told)
+                output = module.model.denoise(x, t, told)
             loss = F.mse_loss(output, x)
         loss.backward()
         optimizer.step()

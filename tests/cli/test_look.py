@@ -66,7 +66,7 @@ def test_a_strict_run_stops_before_weights_are_read(
     from loratune.training import diffusion_module
 
     loaded: list[str] = []
-    monkeypatch.setattr(diffusion_module, "load_family", lambda *_: loaded.append("weights") or 1 / 0)
+    monkeypatch.setattr(diffusion_module, "load_model", lambda *_: loaded.append("weights") or 1 / 0)
     if fault == "unreadable":
         (images / "03.png").write_bytes(b"nothing")
     else:

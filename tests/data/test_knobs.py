@@ -119,13 +119,13 @@ def test_sdxl_is_told_sizes_and_corners(
     assert told == {(32, 64, 0, left, 16, 16) for left in (0, 8, 16)}
     batch = next(iter(data.train_dataloader()))
     seen: list[Any] = []
-    forward = sdxl.family.network.forward
+    forward = sdxl.model.network.forward
 
     def kept(*args: Any, **given: Any) -> Any:
         seen.append(given["added_cond_kwargs"]["time_ids"])
         return forward(*args, **given)
 
-    monkeypatch.setattr(sdxl.family.network, "forward", kept)
+    monkeypatch.setattr(sdxl.model.network, "forward", kept)
     sdxl.losses(batch, torch.tensor([5]), torch.Generator().manual_seed(0), sdxl.objective)
     assert torch.equal(seen[0], batch["sizes"])
 
@@ -214,7 +214,7 @@ def test_one_of_several_captions_is_told_and_encoded(
     for batch in epochs(data, 12):
         told.setdefault(batch["name"][0], set()).add(batch["caption"][0])
         with torch.no_grad():
-            assert torch.equal(batch["condition"]["text"], module.family.encode_prompts(batch["caption"])["text"])
+            assert torch.equal(batch["condition"]["text"], module.model.encode_prompts(batch["caption"])["text"])
     assert told == {f"0{n}.png": {f"in ink, long {n}", f"in ink, short {n}"} for n in (0, 1)}
     first = make(path=str(tmp_path / "p"), captions=Captions(lines=True, choose="first"))
     assert {text for _, text in rows(epochs(first, 6), "caption")} == {"long 0", "long 1"}
@@ -236,7 +236,7 @@ def test_shuffled_tags_are_encoded_when_they_come(
     assert all("condition" not in batch for batch in found)
     with torch.no_grad():
         given = module._condition(found[0], None)["text"]
-        assert torch.equal(given, module.family.encode_prompts(found[0]["caption"])["text"])
+        assert torch.equal(given, module.model.encode_prompts(found[0]["caption"])["text"])
     assert told == [text for _, text in rows(epochs(data, 8), "caption")]  # from seed and epoch alone
 
 
@@ -247,8 +247,8 @@ def test_mirrored_images_are_variants_in_the_cache(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, counted = fill(tmp_path / "p", [(16, 16)] * 4), []
-    encode = module.family.encode_images
-    monkeypatch.setattr(module.family, "encode_images", lambda pixels: counted.append(len(pixels)) or encode(pixels))
+    encode = module.model.encode_images
+    monkeypatch.setattr(module.model, "encode_images", lambda pixels: counted.append(len(pixels)) or encode(pixels))
     data = make(path=str(folder), augment=Augment(flip=0.5))
     assert sum(counted) == 8
     seen: dict[str, set[bytes]] = {}
@@ -339,7 +339,7 @@ def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_wei
 ) -> None:
     from loratune.training import diffusion_module
 
-    monkeypatch.setattr(diffusion_module, "load_family", lambda *_: 1 / 0)
+    monkeypatch.setattr(diffusion_module, "load_model", lambda *_: 1 / 0)
     (tmp_path / "m").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "m" / "00.png")
 
@@ -374,7 +374,7 @@ def test_a_mask_of_another_size_and_a_step_that_does_not_fit_are_told_before_wei
 def test_an_encoding_that_was_stopped_goes_on_where_it_was(
     make: Callable[..., CaptionedImages], tmp_path: Path, module: LoRAModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, encode, counted = fill(tmp_path / "p", [(16, 16)] * 6), module.family.encode_images, []
+    folder, encode, counted = fill(tmp_path / "p", [(16, 16)] * 6), module.model.encode_images, []
 
     def limited(pixels: torch.Tensor) -> Any:
         if len(counted) == 4:
@@ -382,7 +382,7 @@ def test_an_encoding_that_was_stopped_goes_on_where_it_was(
         counted.append(1)
         return encode(pixels)
 
-    monkeypatch.setattr(module.family, "encode_images", limited)
+    monkeypatch.setattr(module.model, "encode_images", limited)
     with pytest.raises(KeyboardInterrupt):
         make(path=str(folder))
     counted.clear()

@@ -57,7 +57,7 @@ class Calls:
 
 @pytest.fixture
 def calls(module: LoRAModule, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(module.family, monkeypatch)
+    return Calls(module.model, monkeypatch)
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_other_weights_encode_again(
 ) -> None:
     make()
     calls.since()
-    weight = next(module.family.components()[part].parameters())
+    weight = next(module.model.components()[part].parameters())
     before = weight.detach().clone()
     with torch.no_grad():
         weight[0] += 0.25
@@ -324,10 +324,10 @@ def test_the_cached_posterior_is_the_vaes_own(
         batch = next(iter(make(validation_percent=0).train_dataloader()))
         for row, (name, caption) in enumerate(zip(batch["name"], batch["caption"], strict=True)):
             opened = square(open_image((images / name).read_bytes()), SIZE)
-            moments = module.family.vae.encode(normalise(to_tensor(opened))[None]).latent_dist
+            moments = module.model.vae.encode(normalise(to_tensor(opened))[None]).latent_dist
             assert torch.equal(batch["mean"][row], moments.mean[0])
             assert torch.equal(batch["logvar"][row], moments.logvar[0])
-            told = module.family.encode_prompts([caption])
+            told = module.model.encode_prompts([caption])
             assert torch.equal(batch["condition"]["text"][row], told["text"][0])
 
 
@@ -353,7 +353,7 @@ def test_captions_are_not_cached_while_the_text_encoder_is_trained(
     make: Callable[..., CaptionedImages], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = LoRAModule(str(tiny_base), LoRA(rank=2, text_encoder=True)).eval()
-    counted = Calls(trained.family, monkeypatch)
+    counted = Calls(trained.model, monkeypatch)
     batch = next(iter(make(trained, caption_prefix="sks ").train_dataloader()))
     assert counted.since() == (12, 0)
     assert "condition" not in batch
@@ -380,7 +380,7 @@ def test_the_prefix_is_before_every_caption(make: Callable[..., CaptionedImages]
     batch = next(iter(make(caption_prefix="in sks style, ").train_dataloader()))
     assert all(text.startswith("in sks style, a ") for text in batch["caption"])
     with torch.no_grad():
-        assert torch.equal(batch["condition"]["text"][0], module.family.encode_prompts(batch["caption"][:1])["text"][0])
+        assert torch.equal(batch["condition"]["text"][0], module.model.encode_prompts(batch["caption"][:1])["text"][0])
 
 
 def test_collate_stacks_what_can_be_stacked() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from loratune.evaluation.attention import Maps, recorded, shares, words_of
-from loratune.families.load import load_family
+from loratune.evaluation.attention import Maps, recorded, shares
+from loratune.families.load import load_model
+from loratune.families.prompts import words_of
 from loratune.training.memory import attend_plainly
 
 X, T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([600, 600])
@@ -22,7 +23,7 @@ def look(family: Any, prompts: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_it_is_the_networks_own_attention_and_goes_away(tiny_base: Path, plain: bool) -> None:
-    family: Any = load_family(str(tiny_base)).eval()
+    family: Any = load_model(str(tiny_base)).eval()
     if plain:
         attend_plainly(family.network)
     before, processors = look(family, ["a red disc", ""]), dict(family.network.attn_processors)
@@ -40,7 +41,7 @@ def test_it_is_the_networks_own_attention_and_goes_away(tiny_base: Path, plain: 
 
 
 def test_processors_come_back_after_an_error(tiny_base: Path) -> None:
-    family: Any = load_family(str(tiny_base)).eval()
+    family: Any = load_model(str(tiny_base)).eval()
     processors = dict(family.network.attn_processors)
     with pytest.raises(RuntimeError, match="stop"), recorded(family.network):
         raise RuntimeError("stop")
@@ -48,7 +49,7 @@ def test_processors_come_back_after_an_error(tiny_base: Path) -> None:
 
 
 def test_only_the_rows_with_the_prompt_count(tiny_base: Path) -> None:
-    family: Any = load_family(str(tiny_base)).eval()
+    family: Any = load_model(str(tiny_base)).eval()
     found = []
     for second in ("", "a long blue ring"):
         with recorded(family.network, rows=1) as maps:

@@ -73,7 +73,7 @@ def test_a_network_without_text_has_its_strips(tmp_path: Path) -> None:
     class Rows(list[Any]):
         entries = (SimpleNamespace(caption="x"),)
 
-    family = PixelDDPM(size=8, channels=(8, 8), attention_from=1, steps=20)
+    family = PixelDDPM(size=8, channels=(8, 8), attention_from=1, steps=20).build()
     sample = {"name": "a", "caption": "x", "pixels": torch.zeros(3, 8, 8, dtype=torch.uint8)}
     made = figures(family, SimpleNamespace(held_out=Rows([sample]), training=Rows(), resolution=8), 0)
     assert sorted(made) == ["forward", "reverse"]

@@ -25,7 +25,7 @@ from loratune.evaluation.paired import (
     spread,
     weighted,
 )
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.sampling import sample_images
 from loratune.lora.inject import LoRA, adapted_layers
 from loratune.lora.tokens import NewToken
@@ -90,11 +90,11 @@ def test_a_new_token_is_as_it_began_in_the_base(tiny_base: Path) -> None:
         str(tiny_base), LoRA(targets="none"), tokens=NewToken("<thing>", initializer_token="disc")
     ).eval()
     with torch.no_grad():
-        start = module.family.encode_prompts(["a <thing>"])["text"]
+        start = module.model.encode_prompts(["a <thing>"])["text"]
         module._rows[0].add_(1.0)
-        assert not torch.allclose(module.family.encode_prompts(["a <thing>"])["text"], start)
+        assert not torch.allclose(module.model.encode_prompts(["a <thing>"])["text"], start)
         with base_alone(module):
-            assert torch.equal(module.family.encode_prompts(["a <thing>"])["text"], start)
+            assert torch.equal(module.model.encode_prompts(["a <thing>"])["text"], start)
 
 
 def test_the_noise_is_the_same_each_time_and_no_generator_moves(tiny_base: Path) -> None:
@@ -157,26 +157,26 @@ def test_what_is_no_number_is_not_logged() -> None:
 
 
 def test_a_weight_scales_b_a_and_zero_is_the_base(tiny_base: Path) -> None:
-    module, base = trained(tiny_base), load_family(str(tiny_base)).eval()
+    module, base = trained(tiny_base), load_model(str(tiny_base)).eval()
     prompts, seeds = ["a red disc"], [0]
 
     def drawn(weight: float) -> torch.Tensor:
         with weighted(module, weight):
-            return sample_images(module.family, prompts, seeds, 16, 16, 2)
+            return sample_images(module.model, prompts, seeds, 16, 16, 2)
 
-    plain = sample_images(module.family, prompts, seeds, 16, 16, 2)
+    plain = sample_images(module.model, prompts, seeds, 16, 16, 2)
     assert torch.equal(drawn(0.0), sample_images(base, prompts, seeds, 16, 16, 2))
     assert torch.equal(drawn(1.0), plain)
     half = drawn(0.5)
     assert not torch.allclose(half, plain, atol=1e-3)
     assert not torch.allclose(half, drawn(0.0), atol=1e-3)
-    for layer in adapted_layers(module.family).values():
+    for layer in adapted_layers(module.model).values():
         layer.lora_B["default"].weight.data.mul_(0.5)  # type: ignore[union-attr,operator]
-    assert torch.allclose(sample_images(module.family, prompts, seeds, 16, 16, 2), half, atol=1e-6)
+    assert torch.allclose(sample_images(module.model, prompts, seeds, 16, 16, 2), half, atol=1e-6)
 
 
 def test_weights_that_cannot_be_drawn_are_refused(tiny_base: Path) -> None:
-    with pytest.raises(UserError, match=r"samples.weights has 0.5: with lora.init pissa"):
+    with pytest.raises(UserError, match=r"samples.lora_scales has 0.5: with lora.init pissa"):
         check_weights(LoRAModule(str(tiny_base), LoRA(rank=2, init="pissa")), (0, 0.5, 1))
     with pytest.raises(UserError, match="there is no LoRA to weigh"):
         check_weights(torch.nn.Linear(1, 1), (0.5,))

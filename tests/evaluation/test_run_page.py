@@ -32,7 +32,7 @@ def points(text: str, title: str) -> int:
 
 
 def test_the_page_of_a_run_shows_all_of_it_and_loads_nothing(recipe: Path, tmp_path: Path) -> None:
-    assert fit(recipe, *ON, *DRAWN, "--evaluation.figures", "true", "--samples.weights", "[0, 1]") == 0
+    assert fit(recipe, *ON, *DRAWN, "--evaluation.figures", "true", "--samples.lora_scales", "[0, 1]") == 0
     text = (tmp_path / "run" / "report.html").read_text()
     for title in ("Loss", "Gap: loss with the LoRA less loss of the base", "Drift", "Training loss by range of t"):
         assert f"<h3>{title}</h3>" in text

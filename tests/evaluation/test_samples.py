@@ -26,7 +26,7 @@ def test_a_row_for_each_weight_and_the_base_is_drawn_once(
         return drawn[-1]
 
     monkeypatch.setattr(samples, "sample_images", watched)
-    words = ["--samples.weights", "[0, 0.5, 1]", "--model.optimizer.init_args.lr", "0.1"]
+    words = ["--samples.lora_scales", "[0, 0.5, 1]", "--model.optimizer.init_args.lr", "0.1"]
     assert main(["fit", "-c", str(recipe), *WORDS, *words]) == 0
     zero, half, one, half_after, one_after = drawn  # at the start three, at the end two
     assert zero.equal(half)
@@ -51,11 +51,11 @@ def test_one_weight_is_drawn_as_it_is(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--samples.weights", "[]"], "samples.weights is []; give one number or more"),
-        (["--samples.weights", "[.inf]"], "samples.weights is [inf]"),
+        (["--samples.lora_scales", "[]"], "samples.lora_scales is []; give one number or more"),
+        (["--samples.lora_scales", "[.inf]"], "samples.lora_scales is [inf]"),
         (
-            ["--samples.weights", "[0, 0.5]", "--model.lora.init", "olora"],
-            "samples.weights has 0.5: with lora.init pissa",
+            ["--samples.lora_scales", "[0, 0.5]", "--model.lora.init", "olora"],
+            "samples.lora_scales has 0.5: with lora.init pissa",
         ),
         (["--evaluation.levels", "0"], "evaluation.levels is 0; give 1 to 100"),
         (["--evaluation.images", "-1"], "evaluation.images is -1; give 0 to"),

@@ -19,16 +19,16 @@ from loratune.families.architectures import (
     describe_unsupported,
     detect,
     file_shapes,
-    ignored,
-    layout_kind,
     module_names,
     original_names,
     places,
     title,
 )
+from loratune.families.known import family_of
+from loratune.families.sd import TEXT_PART
 from loratune.families.single_file import canonical_keys
 from loratune.formats.headers import Header, TensorInfo
-from loratune.lora.names import kohya_names
+from loratune.lora.tables.kohya import kohya_names
 
 DATA = Path(__file__).parent.parent / "headers"
 Shapes = dict[str, tuple[int, ...]]
@@ -79,12 +79,12 @@ def told(header: Header) -> str:
 def test_the_table_is_the_real_file_key_for_key_and_shape_for_shape(name: str, beside: set[str]) -> None:
     held = {key: info.shape for key, info in real_header(name).tensors.items()}
     configs = architectures()[name]
-    assert {key for key in held if key.startswith(ignored(configs))} == beside
+    assert {key for key in held if key.startswith(family_of(configs).ignored(configs))} == beside
     assert file_shapes(configs) == {key: shape for key, shape in held.items() if key not in beside}
 
 
 def test_the_kind_of_layout_follows_from_the_configurations() -> None:
-    kinds = {name: layout_kind(configs) for name, configs in architectures().items()}
+    kinds = {name: family_of(configs).name for name, configs in architectures().items()}
     assert kinds == {
         "sd15": "sd1",
         "sd15-inpainting": "sd1",
@@ -129,7 +129,7 @@ def test_layers_a_lora_can_adapt_are_the_matrices_and_convolutions(name: str) ->
             for path, part in model.named_modules()
             if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)
         }
-        expected |= {f"{component}.{path}" for path in (canonical_keys("text_encoder", found) if text else found)}
+        expected |= {f"{component}.{path}" for path in (canonical_keys(TEXT_PART, found) if text else found)}
     assert set(module_names(configs)) == expected
     assert len(module_names(configs)) == len(expected)
 

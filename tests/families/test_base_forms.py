@@ -22,7 +22,7 @@ from loratune.families.save import write_single_file
 from loratune.families.weight_files import index_name, variants_of
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 HUB_ID = "owner/model-xl-1.0"
@@ -114,6 +114,11 @@ def forms(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     snapshot = folder / "hub" / f"models--{HUB_ID.replace('/', '--')}" / "snapshots" / "abc"
     make("fp16", tiny_base, snapshot)
     (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "blobs").mkdir()
+    files = [file for file in snapshot.rglob("*") if file.is_file()]
+    for number, file in enumerate(files):  # the hub's cache holds links
+        file.rename(blob := snapshot.parent.parent / "blobs" / str(number))
+        file.symlink_to(blob)
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     paths = {form: str(folder / form) for form in FORMS}
     return paths | {"file": str(folder / "file.safetensors"), "hub": HUB_ID}
@@ -221,6 +226,19 @@ def test_extract_finds_the_lora_that_was_merged(
     assert found.keys() == wanted.keys()
     for name, layer in wanted.items():
         torch.testing.assert_close(found[name].matrix(), layer.matrix(), atol=0.02, rtol=0.02)
+
+
+def test_extract_needs_the_same_text_encoders(
+    forms: dict[str, str], lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = str(tmp_path / "tuned.safetensors")
+    assert main(["merge", "--base", forms["file"], "--lora", str(lora), "--out", tuned]) == 0
+    words = ["--out", str(tmp_path / "x.safetensors"), "--rank", "2"]
+    assert main(["extract", "--base", forms["without-vae"], "--tuned", tuned, *words]) == 0
+    assert read_lora(tmp_path / "x.safetensors").layers.keys() == read_lora(lora).layers.keys()
+    assert main(["extract", "--base", forms["without-text"], "--tuned", tuned, *words]) == 2
+    said = f"{forms['without-text']}: has no text_encoder, which {tuned} has; give two with the same parts"
+    assert said in capsys.readouterr().err
 
 
 WORDS: dict[str, Callable[[str, Path, Path], list[str]]] = {
@@ -345,6 +363,14 @@ def test_half_precision_is_downloaded_only_where_there_is_no_full_one() -> None:
     others = ["v1-5.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors"]
     assert wanted_files([*small, *full, *half, *others]) == [*small, *full]
     assert wanted_files([*small, *half, *others]) == [*small, *half]
+
+
+def test_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["unet/x.json", "unet/x.bin"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **more: asked.update(more) or str(tmp_path))
+    assert Base.open("owner/asked-2.1").path == tmp_path
+    assert asked == {"allow_patterns": ["unet/x.json"]}
 
 
 @pytest.mark.parametrize("name", ["owner/model-1.0", "SG161222/RealVisXL_V4.0", "stabilityai/sd-turbo"])

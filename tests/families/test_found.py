@@ -13,15 +13,9 @@ import torch
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, file_shapes
 from loratune.families.base import Base
-from loratune.families.base_configs import (
-    CONFIGS_KEY,
-    PIPELINE_PARTS,
-    folder_configs,
-    is_inpainting,
-    pipeline_name,
-    read_json,
-    stated_schedule,
-)
+from loratune.families.base_configs import CONFIGS_KEY, folder_configs, read_json
+from loratune.families.known import family_of, pipelines
+from loratune.families.sdxl import StableDiffusionXL
 from loratune.formats.files import write_safetensors
 from loratune.formats.headers import Header, TensorInfo, header_bytes
 
@@ -47,9 +41,11 @@ def sparse_checkpoint(
 def test_a_single_file_is_told_by_its_header(name: str, tmp_path: Path) -> None:
     configs = Base.open(str(sparse_checkpoint(tmp_path / "x.safetensors", name))).configs
     assert {**configs, "model_index": None} == {**architectures()[name], "model_index": None}
-    assert is_inpainting(configs) == name.endswith("inpainting")
-    assert configs["model_index"]["_class_name"] == pipeline_name(configs)
-    assert set(PIPELINE_PARTS[pipeline_name(configs)]) == architectures()[name].keys() - {"scheduler"}
+    family = family_of(configs)
+    assert (family.variant(configs) == "inpainting") == name.endswith("inpainting")
+    assert configs["model_index"]["_class_name"] == family.pipeline_of(configs)
+    parts = {part.name for part in pipelines()[family.pipeline_of(configs)].parts}
+    assert parts == architectures()[name].keys() - {"scheduler"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,8 @@ def test_a_single_file_is_told_by_its_header(name: str, tmp_path: Path) -> None:
 def test_the_schedule_that_a_single_file_tells(
     metadata: dict[str, str], marks: tuple[str, ...], told: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert stated_schedule(Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)) == told
+    header = Header(metadata, dict.fromkeys(marks, TensorInfo("F16", (0,), 0, 0)), 0, 0)
+    assert StableDiffusionXL().stated(header) == told
     configs = Base.open(str(sparse_checkpoint(tmp_path / "x.safetensors", "sdxl", metadata, marks))).configs
     assert configs["scheduler"] == architectures()["sdxl"]["scheduler"] | told
 
@@ -93,7 +90,8 @@ def test_what_is_no_base_is_told_in_one_line(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"joint_blocks.0.x": torch.ones(1)}, {})
     write_safetensors(tmp_path / "b.safetensors", {"x": torch.ones(1)}, {})
     for name, words in (("a", "a Stable Diffusion 3 checkpoint"), ("b", "not a checkpoint that is known here")):
-        wanted = f"{name}.safetensors: {words}; a base must be a Stable Diffusion 1.x, 2.x or XL checkpoint"
+        families = "Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL"
+        wanted = f"{name}.safetensors: {words}; a base must be of {families}"
         with pytest.raises(UserError, match=wanted) as error:
             _ = Base.open(str(tmp_path / f"{name}.safetensors")).configs
         assert len(str(error.value).splitlines()) == 1

@@ -11,11 +11,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from loratune.errors import UserError
-from loratune.families.architectures import LAYOUTS, architectures, layout_kind
+from loratune.families.architectures import architectures
+from loratune.families.known import family_of
 from loratune.families.layout_text import open_clip_layers, open_clip_projected_layers, text_layers
 from loratune.families.layout_unet import unet_layers
 from loratune.families.layout_vae import vae_layers
 from loratune.families.layouts import Layer
+from loratune.families.sd import TEXT_PART
 from loratune.families.single_file import canonical_keys
 
 UNET = {
@@ -49,7 +51,7 @@ def live(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     with torch.device("meta"):
         if component in kinds:
-            held = canonical_keys("text_encoder", kinds[component](CLIPTextConfig(**config)).state_dict())
+            held = canonical_keys(TEXT_PART, kinds[component](CLIPTextConfig(**config)).state_dict())
         else:
             held = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component](**config).state_dict()
     return {key: tuple(value.shape) for key, value in held.items()}
@@ -64,9 +66,9 @@ def ours(layers: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", architectures())
 def test_every_key_and_shape_of_the_full_size_models(name: str) -> None:
     configs = architectures()[name]
-    parts = LAYOUTS[layout_kind(configs)]
+    parts = {part.name: part.layers for part in family_of(configs).parts}
     assert {*parts, "scheduler"} == configs.keys()
-    for component, (_, layers) in parts.items():
+    for component, layers in parts.items():
         assert ours(layers, configs[component]) == live(component, configs[component]), component
 
 

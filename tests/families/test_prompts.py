@@ -18,8 +18,8 @@ from transformers import CLIPTokenizer
 from loratune.cli.main import main
 from loratune.data.encode import Encoder
 from loratune.errors import UserError
-from loratune.families.load import load_family
-from loratune.families.pixels import PixelDDPM
+from loratune.families.load import load_model
+from loratune.families.model import Model
 from loratune.families.prompts import (
     COMMA,
     INSIDE,
@@ -39,8 +39,7 @@ from loratune.families.prompts import (
     windows,
 )
 from loratune.families.save import save_diffusers_folder
-from loratune.families.sd import TOKENIZER, StableDiffusion
-from loratune.training.lora_module import LoRAModule
+from loratune.families.sd import TOKENIZER
 
 SHORT = ["a red disc", "", "one, two, three"]
 LONG = "a red disc on a white table, " * 20  # 160 tokens
@@ -52,12 +51,12 @@ def tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
-def loaded(request: pytest.FixtureRequest, tiny_base: Path, tiny_sdxl: Path) -> StableDiffusion:
-    return load_family(str(tiny_base if request.param == "sd" else tiny_sdxl)).requires_grad_(False).eval()
+def loaded(request: pytest.FixtureRequest, tiny_base: Path, tiny_sdxl: Path) -> Model:
+    return load_model(str(tiny_base if request.param == "sd" else tiny_sdxl)).requires_grad_(False).eval()
 
 
 @pytest.fixture
-def family(loaded: StableDiffusion) -> Iterator[StableDiffusion]:
+def family(loaded: Model) -> Iterator[Model]:
     """A tiny base; what a test sets of its prompts is undone."""
     yield loaded
     loaded.prompts = Prompts()
@@ -234,14 +233,14 @@ def test_weighing_keeps_the_size_and_turns_the_balance() -> None:
 
 
 @torch.no_grad()
-def predicted(family: StableDiffusion, captions: list[str]) -> torch.Tensor:
+def predicted(family: Model, captions: list[str]) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 8, 8, generator=random).expand(len(captions), -1, -1, -1)
     return family.denoise(x, torch.full((len(captions),), 500), family.encode_prompts(captions))
 
 
 @torch.no_grad()
-def test_captions_that_fit_are_encoded_and_told_as_with_one_window(family: StableDiffusion) -> None:
+def test_captions_that_fit_are_encoded_and_told_as_with_one_window(family: Model) -> None:
     one, before = family.encode_prompts(SHORT), predicted(family, SHORT)
     family.prompts = Prompts(chunks=3)
     several = family.encode_prompts(SHORT)
@@ -257,7 +256,7 @@ def test_captions_that_fit_are_encoded_and_told_as_with_one_window(family: Stabl
 
 
 @torch.no_grad()
-def test_what_a_long_caption_says_at_its_end_is_heard_with_more_windows(family: StableDiffusion) -> None:
+def test_what_a_long_caption_says_at_its_end_is_heard_with_more_windows(family: Model) -> None:
     captions = [LONG + end for end in ("a cat", "a dog")]
     cut = family.encode_prompts(captions)["text"]
     assert torch.equal(cut[0], cut[1])
@@ -271,11 +270,11 @@ def test_what_a_long_caption_says_at_its_end_is_heard_with_more_windows(family: 
 
 @torch.no_grad()
 def test_sdxls_pooled_state_is_of_the_first_window(tiny_sdxl: Path) -> None:
-    family: Any = load_family(str(tiny_sdxl)).eval()
+    family: Any = load_model(str(tiny_sdxl)).eval()
     first = "one two three, " * 18 + "four"  # 73 tokens
     family.prompts = Prompts(chunks=2)
     long = first + " " + "more and more words " * 10
-    window = family.windows([long], "text_encoder_2").ids[0]
+    window = family.family.read(family, [long], "text_encoder_2").ids[0]
     pooled = family.text_encoder_2(window[None]).text_embeds
     told = family.encode_prompts([SHORT[0], long, SHORT[2]])["pooled"]
     assert_close(told[1:2], pooled)
@@ -284,9 +283,9 @@ def test_sdxls_pooled_state_is_of_the_first_window(tiny_sdxl: Path) -> None:
 
 
 @torch.no_grad()
-def test_weights_of_one_change_nothing_and_others_the_word(family: StableDiffusion) -> None:
+def test_weights_of_one_change_nothing_and_others_the_word(family: Model) -> None:
     plain = family.encode_prompts(["a red disc", "a disc"])
-    family.prompts = Prompts(weights=True)
+    family.prompts = Prompts(weighting=True)
     ones = family.encode_prompts(["a (red:1.0) disc", "a disc"])
     assert all(torch.equal(plain[name], ones[name]) for name in plain)
     told = family.encode_prompts(["a (red:1.5) disc", "a disc"])["text"]
@@ -298,7 +297,7 @@ def test_weights_of_one_change_nothing_and_others_the_word(family: StableDiffusi
     assert not torch.equal(family.encode_prompts(["a (red:1.5) disc"])["text"][0, :6], told[0, :6])
 
 
-def test_captions_that_are_cut_are_named_once(family: StableDiffusion, caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_that_are_cut_are_named_once(family: Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for _ in range(2):
             family.encode_prompts(["short", "word " * 74 + "kept lost words"])
@@ -315,7 +314,7 @@ def test_a_number_of_windows_that_cannot_be_is_refused(chunks: int) -> None:
 # The cache.
 
 
-def condition(family: StableDiffusion, cache: Path, caption: str) -> torch.Tensor:
+def condition(family: Model, cache: Path, caption: str) -> torch.Tensor:
     return Encoder(cast(Any, family), cache, text=True).condition(caption)["text"]
 
 
@@ -324,14 +323,14 @@ def texts_in(cache: Path) -> int:
 
 
 def test_whatever_changes_an_encoding_changes_its_place_in_the_cache(tiny_base: Path, tmp_path: Path) -> None:
-    family, caption = load_family(str(tiny_base)).eval(), "a (red:1.5) disc"
+    family, caption = load_model(str(tiny_base)).eval(), "a (red:1.5) disc"
     before = condition(family, tmp_path, caption)
     assert torch.equal(condition(family, tmp_path, caption), before)
     assert texts_in(tmp_path) == 1
 
     changes: list[Callable[[], Any]] = [
         lambda: setattr(family, "prompts", Prompts(chunks=2)),
-        lambda: setattr(family, "prompts", Prompts(chunks=2, weights=True)),
+        lambda: setattr(family, "prompts", Prompts(chunks=2, weighting=True)),
         lambda: setattr(family.text_encoder.config, "hidden_act", "gelu"),
         lambda: setattr(family.text_encoder.config, "eos_token_id", 2),
         lambda: setattr(family.tokenizer, "pad_token", "!"),
@@ -344,13 +343,13 @@ def test_whatever_changes_an_encoding_changes_its_place_in_the_cache(tiny_base: 
 
 
 def test_what_says_nothing_of_an_encoding_leaves_its_place(tiny_base: Path, tmp_path: Path) -> None:
-    family: Any = load_family(str(tiny_base)).eval()
+    family: Any = load_model(str(tiny_base)).eval()
     before = family.text_settings()
     family.tokenizer(["a"], padding="max_length", truncation=True, max_length=5)
     config = family.text_encoder.config
     config._name_or_path, config.architectures, config.transformers_version = "there", ["Other"], "0"
     save_diffusers_folder(family, tmp_path / "copy", torch.float32)
-    assert family.text_settings() == before == load_family(str(tmp_path / "copy")).text_settings()
+    assert family.text_settings() == before == load_model(str(tmp_path / "copy")).text_settings()
 
 
 # Drawing.
@@ -359,11 +358,11 @@ def test_what_says_nothing_of_an_encoding_leaves_its_place(tiny_base: Path, tmp_
 def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path: Path) -> None:
     words = ["--base", str(tiny_base), "--prompt", LONG + "a (cat:2)", "--steps", "1", "--device", "cpu"]
     made = set()
-    for name, more in (("plain", []), ("weights", ["--weights"]), ("chunks", ["--chunks", "3"])):
+    for name, more in (("plain", []), ("weights", ["--prompt-weighting"]), ("chunks", ["--chunks", "3"])):
         assert main(["sample", *words, *more, "--out", str(tmp_path / name)]) == 0
         made.add(next((tmp_path / name).glob("000*.png")).read_bytes())
     assert len(made) == 2  # the weight is of a word that is cut
-    both = ["--weights", "--chunks", "3", "--out", str(tmp_path / "both")]
+    both = ["--prompt-weighting", "--chunks", "3", "--out", str(tmp_path / "both")]
     assert main(["sample", *words, *both]) == 0
     assert next((tmp_path / "both").glob("000*.png")).read_bytes() not in made
 
@@ -372,7 +371,7 @@ def test_drawing_reads_weights_and_windows_when_asked(tiny_base: Path, tmp_path:
     ("words", "said"),
     [
         (["--chunks", "0"], "loratune: --chunks is 0; give 1 to 16"),
-        (["--prompt", "a (cat", "--weights"], "a '(' is not closed; write \\("),
+        (["--prompt", "a (cat", "--prompt-weighting"], "a '(' is not closed; write \\("),
     ],
 )
 def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
@@ -380,7 +379,7 @@ def test_prompts_that_cannot_be_read_are_told_before_a_base_is(
 ) -> None:
     import loratune.lora.load as verbs
 
-    monkeypatch.setattr(verbs, "load_family", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(verbs, "load_model", lambda *_: pytest.fail("a weight was read"))
     assert main(["sample", "--base", "there", "--prompt", "x", "--out", str(tmp_path / "out"), *words]) == 2
     assert said in capsys.readouterr().err
 
@@ -392,7 +391,7 @@ def test_a_recipe_sets_how_captions_are_read(recipe: Path, tmp_path: Path) -> No
     words = [
         "--model.prompts.chunks",
         "2",
-        "--model.prompts.weights",
+        "--model.prompts.weighting",
         "true",
         "--data.caption_prefix",
         "(word:1.3) " * 80,
@@ -404,8 +403,3 @@ def test_a_recipe_sets_how_captions_are_read(recipe: Path, tmp_path: Path) -> No
     assert texts
     assert {tuple(one["text"].shape) for one in texts} == {(154, 16)}
     assert all(one["text_mask"].all() for one in texts)
-
-
-def test_a_base_without_a_text_encoder_reads_no_captions() -> None:
-    with pytest.raises(ValueError, match="prompts: this base has no text encoder"):
-        LoRAModule(PixelDDPM(size=16, channels=(16, 16), attention_from=1), prompts=Prompts(chunks=2))

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from loratune.cli.verbs.sample import sample
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_model
+from loratune.families.model import Model
 from loratune.families.pixels import PixelDDPM
-from loratune.families.sampling import SAMPLERS, make_scheduler, sample_images, sample_latents
+from loratune.families.sampling import make_scheduler, sample_images, sample_latents
 from loratune.families.sd import StableDiffusion
+
+SAMPLERS = StableDiffusion.samplers
 
 PROMPTS = ["a red disc", "a blue ring", ""]
 
 
 @pytest.fixture(scope="module")
-def family(tiny_base: Path) -> StableDiffusion:
-    return load_family(str(tiny_base)).eval()
+def family(tiny_base: Path) -> Model:
+    return load_model(str(tiny_base)).eval()
 
 
 def noise(seed: int) -> Tensor:
@@ -33,7 +36,7 @@ def noise(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.5])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_ddim_is_the_pipelines(family: StableDiffusion, tiny_base: Path, guidance_scale: float, steps: int) -> None:
+def test_ddim_is_the_pipelines(family: Model, tiny_base: Path, guidance_scale: float, steps: int) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)  # type: ignore[no-untyped-call]
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -53,9 +56,9 @@ def test_ddim_is_the_pipelines(family: StableDiffusion, tiny_base: Path, guidanc
     assert float(wanted.std()) > 1e-3
 
 
-def test_the_first_step_is_at_pure_noise(family: StableDiffusion) -> None:
+def test_the_first_step_is_at_pure_noise(family: Model) -> None:
     # With zero terminal SNR and trailing steps, x_T is noise and nothing but noise, at t = T - 1.
-    scheduler = make_scheduler("ddim", family.scheduler_config)
+    scheduler = make_scheduler(family, "ddim")
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
     assert scheduler.init_noise_sigma == 1
@@ -63,7 +66,7 @@ def test_the_first_step_is_at_pure_noise(family: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler-a", "dpm++"])
-def test_a_seed_is_a_image_in_any_batch(family: StableDiffusion, sampler: str) -> None:
+def test_a_seed_is_a_image_in_any_batch(family: Model, sampler: str) -> None:
     together = sample_images(family, PROMPTS, [7, 8, 9], 16, 16, 4, 3.0, sampler)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, (7, 8, 9), strict=True)):
         alone = sample_images(family, [prompt], [seed], 16, 16, 4, 3.0, sampler)
@@ -74,7 +77,7 @@ def test_a_seed_is_a_image_in_any_batch(family: StableDiffusion, sampler: str) -
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_and_always_the_same(family: StableDiffusion, sampler: str) -> None:
+def test_every_sampler_draws_and_always_the_same(family: Model, sampler: str) -> None:
     torch.manual_seed(1)
     one = sample_images(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler)
     assert one.shape == (2, 3, 16, 16)
@@ -82,36 +85,36 @@ def test_every_sampler_draws_and_always_the_same(family: StableDiffusion, sample
     assert one.abs().max() <= 1
     torch.manual_seed(2)
     assert torch.equal(one, sample_images(family, PROMPTS[:2], [0, 1], 16, 16, 5, 4.0, sampler))
-    made = make_scheduler(sampler, family.scheduler_config)
+    made = make_scheduler(family, sampler)
     assert type(made).__name__ == SAMPLERS[sampler]
     assert made.config.prediction_type == "v_prediction"
     assert made.config.beta_end == 0.012
 
 
-def test_deterministic_samplers_agree_in_the_limit(family: StableDiffusion) -> None:
+def test_deterministic_samplers_agree_in_the_limit(family: Model) -> None:
     # DDIM, Euler and the solvers follow one ODE: with many steps they end close together.
     drawn = {name: sample_images(family, ["a disc"], [0], 16, 16, 80, 1.0, name) for name in ("ddim", "dpm++", "unipc")}
     for name in ("dpm++", "unipc"):
         assert (drawn[name] - drawn["ddim"]).abs().mean() < 0.03
 
 
-def test_an_unknown_sampler_lists_the_known(family: StableDiffusion) -> None:
-    with pytest.raises(UserError, match="sampler 'dimm' is not known; there is ddim, ddpm"):
+def test_an_unknown_sampler_lists_the_known(family: Model) -> None:
+    with pytest.raises(UserError, match=r"sampler 'dimm' is not known for Stable Diffusion 1\.x; there is ddim, ddpm"):
         sample_images(family, ["x"], [0], 16, 16, 2, sampler="dimm")
 
 
-def test_a_size_that_cannot_be(family: StableDiffusion) -> None:
+def test_a_size_that_cannot_be(family: Model) -> None:
     with pytest.raises(UserError, match="size 15: the VAE needs a multiple of 2"):
         sample_images(family, ["x"], [0], 15, 15, 2)
 
 
-def test_each_step_is_told(family: StableDiffusion) -> None:
+def test_each_step_is_told(family: Model) -> None:
     told: list[tuple[int, tuple[int, ...]]] = []
     sample_images(family, ["x", "y"], [0, 1], 16, 16, 3, on_step=lambda done, x: told.append((done, tuple(x.shape))))
     assert told == [(number, (2, 4, 8, 8)) for number in (1, 2, 3)]
 
 
-def test_guidance_of_1_is_no_guidance_and_asks_once(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_of_1_is_no_guidance_and_asks_once(family: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     denoise = family.denoise
     monkeypatch.setattr(family, "denoise", lambda x, t, told: asked.append(len(x)) or denoise(x, t, told))
@@ -124,7 +127,7 @@ def test_guidance_of_1_is_no_guidance_and_asks_once(family: StableDiffusion, mon
 
 def test_a_family_without_text_draws_too() -> None:
     torch.manual_seed(0)
-    pixels = PixelDDPM(8, (16, 16), attention_from=2, steps=20).eval()
+    pixels = PixelDDPM(8, (16, 16), attention_from=2, steps=20).build().eval()
     drawn = sample_images(pixels, ["", ""], [0, 1], 8, 8, 4, 4.0, "ddpm")
     assert drawn.shape == (2, 3, 8, 8)
     assert torch.isfinite(drawn).all()
@@ -163,7 +166,7 @@ def test_the_verb_refuses_less_than_one(tiny_base: Path, tmp_path: Path, key: st
     assert not (tmp_path / "out").exists()
 
 
-def test_estimates_of_the_image_end_in_the_image(family: StableDiffusion) -> None:
+def test_estimates_of_the_image_end_in_the_image(family: Model) -> None:
     states: list[Tensor] = []
     estimates: list[Tensor] = []
     end = sample_latents(

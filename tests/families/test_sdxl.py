@@ -14,13 +14,14 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.locate import ASSETS
+from loratune.families.model import Model
 from loratune.families.sampling import sample_images
 from loratune.families.save import save_diffusers_folder
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.inject import TEXT_TARGETS, LoRA, adapted_layers, collect, inject
+from loratune.lora.inject import LoRA, adapted_layers, collect, inject
 from loratune.training.lora_module import LoRAModule
 from loratune.training.objectives import Objective
 
@@ -101,9 +102,9 @@ def pipe(folder: Path) -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture
-def family(folder: Path) -> StableDiffusionXL:
-    found = load_family(str(folder))
-    assert isinstance(found, StableDiffusionXL)
+def family(folder: Path) -> Model:
+    found = load_model(str(folder))
+    assert isinstance(found.family, StableDiffusionXL)
     return found.requires_grad_(False).eval()
 
 
@@ -128,7 +129,7 @@ def unet_of(pipe: StableDiffusionXLPipeline, x: Tensor, t: Tensor, text: Tensor,
     return output
 
 
-def test_text_is_encoded_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
+def test_text_is_encoded_as_by_the_pipeline(family: Model, pipe: StableDiffusionXLPipeline) -> None:
     text, no_text, pooled, no_pooled = told_by(pipe, CAPTIONS)
     told = family.encode_prompts(CAPTIONS)
     assert told.keys() == {"text", "pooled"}
@@ -141,11 +142,11 @@ def test_text_is_encoded_as_by_the_pipeline(family: StableDiffusionXL, pipe: Sta
     assert_close(nothing["pooled"], torch.stack([no_pooled[0], pooled[0]]))
 
 
-def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
+def test_the_unet_is_called_as_by_the_pipeline(family: Model, pipe: StableDiffusionXLPipeline) -> None:
     text, _, pooled, _ = told_by(pipe, CAPTIONS)
     x, t = some_latents(width=12), torch.tensor([3, 900])
     told = family.encode_prompts(CAPTIONS)
-    assert family.time_ids(x).tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    assert family.family.time_ids(family, x).tolist() == [[16, 24, 0, 0, 16, 24]] * 2
     output = family.denoise(x, t, told)
     assert_close(output, unet_of(pipe, x, t, text, pooled), rtol=1e-5, atol=1e-5)
     for other in ({**told, "pooled": told["pooled"].flip(0)}, {**told, "text": told["text"].flip(0)}):
@@ -153,7 +154,7 @@ def test_the_unet_is_called_as_by_the_pipeline(family: StableDiffusionXL, pipe: 
 
 
 @torch.no_grad()
-def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: StableDiffusionXLPipeline) -> None:
+def test_a_image_is_drawn_as_by_the_pipeline(family: Model, pipe: StableDiffusionXLPipeline) -> None:
     drawn = sample_images(family, [CAPTIONS[0]], [5], height=16, width=16, steps=3, guidance_scale=4.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = pipe(
@@ -163,21 +164,21 @@ def test_a_image_is_drawn_as_by_the_pipeline(family: StableDiffusionXL, pipe: St
     assert drawn.std() > 0.01
 
 
-def test_a_lora_starts_as_the_base(folder: Path, family: StableDiffusionXL) -> None:
+def test_a_lora_starts_as_the_base(folder: Path, family: Model) -> None:
     x, t, told = some_latents(), torch.tensor([3, 900]), family.encode_prompts(CAPTIONS)
     module = LoRAModule(str(folder), LoRA(rank=2, text_encoder=True)).eval()
-    assert torch.equal(module.family.encode_prompts(CAPTIONS)["text"], told["text"])
-    assert torch.equal(module.family.denoise(x, t, told), family.denoise(x, t, told))
+    assert torch.equal(module.model.encode_prompts(CAPTIONS)["text"], told["text"])
+    assert torch.equal(module.model.denoise(x, t, told), family.denoise(x, t, told))
     randomise(module)
-    assert not torch.equal(module.family.encode_prompts(CAPTIONS)["text"], told["text"])
-    assert not torch.equal(module.family.denoise(x, t, told), family.denoise(x, t, told))
+    assert not torch.equal(module.model.encode_prompts(CAPTIONS)["text"], told["text"])
+    assert not torch.equal(module.model.denoise(x, t, told), family.denoise(x, t, told))
 
 
 def test_a_dropped_caption_trains_on_nothing(folder: Path) -> None:
     module = LoRAModule(str(folder), LoRA(rank=2))
     shape, t = some_latents(), torch.tensor([3, 900])
-    batch = {"mean": shape, "logvar": torch.zeros_like(shape), "condition": module.family.encode_prompts(CAPTIONS)}
-    nothing = {**batch, "condition": module.family.encode_prompts(["", ""])}
+    batch = {"mean": shape, "logvar": torch.zeros_like(shape), "condition": module.model.encode_prompts(CAPTIONS)}
+    nothing = {**batch, "condition": module.model.encode_prompts(["", ""])}
     kept, dropped, wanted = (
         module.losses(one, t, torch.Generator().manual_seed(0), Objective(caption_dropout=share))
         for one, share in ((batch, 0.0), (batch, 1.0), (nothing, 0.0))
@@ -199,10 +200,10 @@ def randomise(module: torch.nn.Module) -> None:
 
 def test_the_pipeline_reads_a_lora_file(folder: Path, pipe: StableDiffusionXLPipeline, tmp_path: Path) -> None:
     module = LoRAModule(str(folder), LoRA(rank=2, alpha=3, text_encoder=True)).eval()
-    if not adapted_layers(module.family.text_encoder_2):
-        inject(module.family.text_encoder_2, module.lora, TEXT_TARGETS)
+    if not adapted_layers(module.model.text_encoder_2):
+        inject(module.model.text_encoder_2, module.lora, StableDiffusionXL.text_targets)
     randomise(module)
-    layers = collect(module.family.components())
+    layers = collect(module.model.components())
     parts = {".".join(name.split(".")[:2]) for name in layers if not name.startswith("unet.")}
     assert parts == {"text_encoder.text_model", "text_encoder_2.text_model"}
     modules = {name for name, _ in pipe.unet.named_modules()}
@@ -215,8 +216,8 @@ def test_the_pipeline_reads_a_lora_file(folder: Path, pipe: StableDiffusionXLPip
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     text, _, pooled, _ = told_by(pipe, CAPTIONS)
     with torch.no_grad():
-        told = module.family.encode_prompts(CAPTIONS)
-        output = module.family.denoise(x, t, told)
+        told = module.model.encode_prompts(CAPTIONS)
+        output = module.model.denoise(x, t, told)
     assert_close(told["text"], text, rtol=1e-5, atol=1e-5)
     assert_close(told["pooled"], pooled, rtol=1e-5, atol=1e-5)
     read = unet_of(pipe, x, t, text, pooled)
@@ -225,8 +226,8 @@ def test_the_pipeline_reads_a_lora_file(folder: Path, pipe: StableDiffusionXLPip
 
 
 @torch.no_grad()
-def test_the_vae_stays_in_float32(folder: Path, family: StableDiffusionXL) -> None:
-    half = load_family(str(folder), torch.bfloat16).eval()
+def test_the_vae_stays_in_float32(folder: Path, family: Model) -> None:
+    half = load_model(str(folder), torch.bfloat16).eval()
     kinds = {name: {p.dtype for p in part.parameters()} for name, part in half.components().items()}
     assert kinds.pop("vae") == {torch.float32}
     assert set.union(*kinds.values()) == {torch.bfloat16}
@@ -240,9 +241,9 @@ def test_the_vae_stays_in_float32(folder: Path, family: StableDiffusionXL) -> No
     assert torch.equal(inside["mean"], family.encode_images(pixels)["mean"])
 
 
-def test_a_saved_folder_is_the_same_base(family: StableDiffusionXL, tmp_path: Path) -> None:
+def test_a_saved_folder_is_the_same_base(family: Model, tmp_path: Path) -> None:
     save_diffusers_folder(family, tmp_path / "saved", torch.float32)
-    again, pipe = load_family(str(tmp_path / "saved")), open_pipeline(tmp_path / "saved")
+    again, pipe = load_model(str(tmp_path / "saved")), open_pipeline(tmp_path / "saved")
     for name, part in family.components().items():
         for key, value in part.state_dict().items():
             assert torch.equal(value, again.components()[name].state_dict()[key]), f"{name}.{key}"
@@ -258,5 +259,5 @@ def test_an_unknown_pipeline_is_refused_by_name(folder: Path, tmp_path: Path) ->
     index = json.loads((folder / "model_index.json").read_text())
     (tmp_path / "other" / "model_index.json").write_text(json.dumps(index | {"_class_name": "KolorsPipeline"}))
     with pytest.raises(UserError, match="other: it is for KolorsPipeline, which is not supported") as told:
-        load_family(str(tmp_path / "other"))
+        load_model(str(tmp_path / "other"))
     assert len(str(told.value).splitlines()) == 1

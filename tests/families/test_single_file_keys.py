@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from loratune.errors import UserError
-from loratune.families.architectures import PREFIXES, file_shapes, layout_kind, places
-from loratune.families.single_file import canonical_keys, from_single_file, module_text_keys, to_single_file
+from loratune.families.architectures import file_shapes, places
+from loratune.families.known import family_of
+from loratune.families.sd import TEXT_PART, UNET_PART, VAE_PART
+from loratune.families.single_file import canonical_keys, from_single_file, module_keys, to_single_file
 
 Configs = dict[str, dict[str, Any]]
 Weights = dict[str, dict[str, Tensor]]
@@ -78,7 +80,7 @@ def test_a_place_says_where_a_tensor_lies(name: str, tiny_configs: Tiny, tiny_we
 def test_diffusers_reads_our_file_as_we_do(name: str, tiny_configs: Tiny, tiny_weights: Random) -> None:
     configs = tiny_configs(name)
     held = tiny_weights(configs)
-    file, prefixes = to_single_file(held, configs), PREFIXES[layout_kind(configs)]
+    file, prefixes = to_single_file(held, configs), {part.name: part.prefix for part in family_of(configs).parts}
     theirs: dict[str, Any] = {
         "unet": convert_ldm_unet_checkpoint(dict(file), configs["unet"]),  # type: ignore[no-untyped-call]
         "vae": convert_ldm_vae_checkpoint(dict(file), configs["vae"]),  # type: ignore[no-untyped-call]
@@ -164,21 +166,21 @@ def test_attention_of_a_vae_is_taken_as_a_matrix_too(tiny_configs: Tiny, tiny_we
 def test_the_names_that_diffusers_gave_the_vae_until_2023() -> None:
     old = {f"decoder.mid_block.attentions.0.{part}.bias": torch.ones(1) for part in ("query", "key", "value")}
     old |= {"encoder.mid_block.attentions.0.proj_attn.weight": torch.ones(1), "encoder.conv_in.bias": torch.ones(1)}
-    found = canonical_keys("vae", old)
+    found = canonical_keys(VAE_PART, old)
     assert found.keys() == {
         *(f"decoder.mid_block.attentions.0.{part}.bias" for part in ("to_q", "to_k", "to_v")),
         "encoder.mid_block.attentions.0.to_out.0.weight",
         "encoder.conv_in.bias",
     }
-    assert canonical_keys("vae", found).keys() == found.keys()
-    assert canonical_keys("unet", old).keys() == old.keys()
+    assert canonical_keys(VAE_PART, found).keys() == found.keys()
+    assert canonical_keys(UNET_PART, old).keys() == old.keys()
 
 
 def test_text_keys_of_both_majors_of_transformers() -> None:
     bare = {"encoder.layers.0.mlp.fc1.weight": torch.ones(1), "embeddings.position_ids": torch.ones(1)}
     full = {"text_model.encoder.layers.0.mlp.fc1.weight": bare["encoder.layers.0.mlp.fc1.weight"]}
-    assert canonical_keys("text_encoder", bare) == full == canonical_keys("text_encoder", full)
+    assert canonical_keys(TEXT_PART, bare) == full == canonical_keys(TEXT_PART, full)
     for state_dict in (bare, full):
         for keys in (bare, full):
-            assert module_text_keys(state_dict, keys).keys() == keys.keys() - {"embeddings.position_ids"}
-    assert module_text_keys({"new": torch.ones(1)}, bare).keys() == {"text_model.new"}
+            assert module_keys(TEXT_PART, state_dict, keys).keys() == keys.keys() - {"embeddings.position_ids"}
+    assert module_keys(TEXT_PART, {"new": torch.ones(1)}, bare).keys() == {"text_model.new"}

@@ -18,12 +18,13 @@ from torch.testing import assert_close
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
 from loratune.families import architectures as known
-from loratune.families.architectures import OLD_VAE_ATTENTION
-from loratune.families.base import SPREAD_KEY, Base, base_hash
-from loratune.families.base_configs import CONFIGS_KEY, WEIGHTS, pipeline_name
-from loratune.families.load import load_family
-from loratune.families.pipelines import lora_metadata, pipeline_of
+from loratune.families.base import Base, base_hash
+from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.known import family_of, parts
+from loratune.families.layout_vae import OLD_ATTENTION
+from loratune.families.load import load_model
 from loratune.families.save import configs_of, save_single_file, weights_of, write_folder, write_single_file
+from loratune.families.sd import SPREAD_KEY
 from loratune.families.sdxl import StableDiffusionXL
 from loratune.families.single_file import canonical_keys, to_single_file
 from loratune.formats.files import read_tensors, sha256_file, write_safetensors
@@ -76,14 +77,14 @@ def test_a_file_is_loaded_without_a_network(
 ) -> None:
     weights = tiny_weights(small[name], dtype)
     file = plain_file(tmp_path / "misleading-sdxl-flux.safetensors", small[name], weights)
-    family = load_family(str(file), dtype)
-    assert type(family) is pipeline_of(small[name]).family
+    family = load_model(str(file), dtype)
+    assert family.family is family_of(small[name])
     assert same(weights_of(family, dtype), weights)
     kept = {part: {value.dtype for value in module.parameters()} for part, module in family.components().items()}
     assert kept.pop("vae") == {torch.float32 if name == "sdxl" else dtype}
     assert set.union(*kept.values()) == {dtype}
     assert all(not value.is_meta for value in [*family.parameters(), *family.buffers()])
-    pads = [getattr(family, part).pad_token for part in pipeline_of(small[name]).tokenizers]
+    pads = [getattr(family, part).pad_token for part in family.family.tokenizers]
     assert pads == {"sd15": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[name]
 
 
@@ -96,15 +97,17 @@ def test_diffusers_loads_our_file_and_our_folder(
     file, folder = tmp_path / "one.safetensors", tmp_path / "folder"
     write_single_file(file, configs, weights)
     write_folder(folder, configs, weights)
-    kind: Any = getattr(diffusers, pipeline_name(configs))
+    kind: Any = getattr(diffusers, family_of(configs).pipeline_of(configs))
     for pipe in (
         kind.from_single_file(str(file), config=str(folder), local_files_only=True),
         kind.from_pretrained(folder, local_files_only=True),
     ):
-        assert same({part: canonical_keys(part, getattr(pipe, part).state_dict()) for part in weights}, weights)
+        assert same(
+            {part: canonical_keys(parts()[part], getattr(pipe, part).state_dict()) for part in weights}, weights
+        )
     for base in (Base.open(str(file)), Base.open(str(folder))):
         found, held = base.configs, base.weights()
-        assert pipeline_name(found) == pipeline_name(configs)
+        assert family_of(found).pipeline_of(found) == family_of(configs).pipeline_of(configs)
         assert same(held, weights)
 
 
@@ -116,15 +119,15 @@ def test_a_file_computes_what_diffusers_computes(
     configs, weights = small[name], tiny_weights(small[name])
     file, folder = plain_file(tmp_path / "one.safetensors", configs, weights), tmp_path / "folder"
     write_folder(folder, configs, weights)
-    family = load_family(str(file)).eval()
-    kind: Any = getattr(diffusers, pipeline_name(configs))
+    family = load_model(str(file)).eval()
+    kind: Any = getattr(diffusers, family_of(configs).pipeline_of(configs))
     pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     captions = ["a red disc", "a very long caption " * 30]
     told, x, t = family.encode_prompts(captions), torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
-    if isinstance(family, StableDiffusionXL):
+    if isinstance(family.family, StableDiffusionXL):
         text, _, pooled, _ = pipe.encode_prompt(captions)
         assert_close(told["pooled"], pooled)
-        added = {"text_embeds": pooled, "time_ids": family.time_ids(x)}
+        added = {"text_embeds": pooled, "time_ids": family.family.time_ids(family, x)}
         output = pipe.unet(x, t, text, added_cond_kwargs=added).sample
     else:
         text = pipe.encode_prompt(captions, "cpu", 1, True)[0]
@@ -139,9 +142,9 @@ def test_a_base_is_saved_as_a_file_and_is_the_same(
 ) -> None:
     small[name]["scheduler"] |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     write_folder(tmp_path / "folder", small[name], tiny_weights(small[name]))
-    family = load_family(str(tmp_path / "folder"))
+    family = load_model(str(tmp_path / "folder"))
     save_single_file(family, tmp_path / "one.safetensors", torch.float32)
-    again = load_family(str(tmp_path / "one.safetensors"))
+    again = load_model(str(tmp_path / "one.safetensors"))
     assert same(weights_of(again, torch.float32), weights_of(family, torch.float32))
     assert configs_of(again) == configs_of(family)
     assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
@@ -177,7 +180,7 @@ def test_sd2_predicts_what_its_header_or_its_weights_tell(
     width = len(tensors[SPREAD_KEY])
     tensors[SPREAD_KEY] = torch.tensor([spread, -spread] * (width // 2)) + 3
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
-    family = load_family(str(tmp_path / "x.safetensors"))
+    family = load_model(str(tmp_path / "x.safetensors"))
     assert family.prediction == prediction
     assert family.network.config["sample_size"] == side
 
@@ -198,7 +201,7 @@ def test_sdxl_files_are_marked_by_empty_tensors(
 ) -> None:
     tensors = to_single_file(tiny_weights(small["sdxl"]), small["sdxl"])
     write_safetensors(tmp_path / "x.safetensors", tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
-    family = load_family(str(tmp_path / "x.safetensors"))
+    family = load_model(str(tmp_path / "x.safetensors"))
     assert family.prediction == "v"
     a, b = family.noise_schedule.at(torch.tensor([999]), torch.zeros(1, 1, dtype=torch.float64))
     assert snr(a, b).item() == 0
@@ -216,7 +219,7 @@ def test_inpainting_is_not_trained_or_drawn_with(
     write_folder(tmp_path / "folder", small[name], weights)
     for path in (file, tmp_path / "folder"):
         with pytest.raises(UserError, match=f"{path.name}: an inpainting model .*not trained or drawn with") as error:
-            load_family(str(path))
+            load_model(str(path))
         assert len(str(error.value).splitlines()) == 1
     assert Base.open(str(file)).configs["unet"]["in_channels"] == 9
 
@@ -229,11 +232,11 @@ def test_a_file_that_is_not_complete_is_told_with_its_name(
     carried = {CONFIGS_KEY: json.dumps(small["sdxl"])}
     write_safetensors(tmp_path / "x.safetensors", {k: v for k, v in tensors.items() if k != key}, carried)
     with pytest.raises(UserError, match=rf"x\.safetensors: '{key}' is missing"):
-        load_family(str(tmp_path / "x.safetensors"))
+        load_model(str(tmp_path / "x.safetensors"))
     write_safetensors(tmp_path / "y.safetensors", {k: v for k, v in tensors.items() if k != key}, {})
     told = rf"y\.safetensors: nearly a Stable Diffusion XL checkpoint: '{key}' is missing"
     with pytest.raises(UserError, match=told):
-        load_family(str(tmp_path / "y.safetensors"))
+        load_model(str(tmp_path / "y.safetensors"))
 
 
 def test_a_folder_with_the_vaes_names_of_2023(
@@ -241,7 +244,7 @@ def test_a_folder_with_the_vaes_names_of_2023(
 ) -> None:
     weights = tiny_weights(small["sd15"])
     write_folder(tmp_path / "folder", small["sd15"], weights)
-    names = {new: old for old, new in OLD_VAE_ATTENTION.items()}
+    names = {new: old for old, new in OLD_ATTENTION.items()}
     old = dict(weights["vae"])
     for key in weights["vae"]:
         before, found, part = key.partition(".attentions.0.")
@@ -249,8 +252,8 @@ def test_a_folder_with_the_vaes_names_of_2023(
         if found and name in names:
             old[f"{before}{found}{names[name]}.{kind}"] = old.pop(key)
     assert old.keys() != weights["vae"].keys()
-    write_safetensors(tmp_path / "folder" / "vae" / WEIGHTS["vae"], old, {})
-    assert same(weights_of(load_family(str(tmp_path / "folder")), torch.float32), weights)
+    write_safetensors(tmp_path / "folder" / "vae" / parts()["vae"].file, old, {})
+    assert same(weights_of(load_model(str(tmp_path / "folder")), torch.float32), weights)
 
 
 def test_loading_leaves_the_file_alone_and_the_random_numbers(
@@ -258,7 +261,7 @@ def test_loading_leaves_the_file_alone_and_the_random_numbers(
 ) -> None:
     file = plain_file(tmp_path / "x.safetensors", small["sd15"], tiny_weights(small["sd15"]))
     before, state = sha256_file(file), torch.get_rng_state()
-    family = load_family(str(file))
+    family = load_model(str(file))
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         for value in family.parameters():
@@ -308,4 +311,5 @@ def test_what_loras_say_they_are_for(
     name: str, prediction: str, wanted: tuple[str, str], small: dict[str, Configs]
 ) -> None:
     small[name]["scheduler"]["prediction_type"] = prediction
-    assert lora_metadata(small[name]) == {"base_model": wanted[0], "architecture": wanted[1]}
+    family = family_of(small[name])
+    assert (family.kohya_version(small[name]), f"{family.modelspec(small[name])}/lora") == wanted

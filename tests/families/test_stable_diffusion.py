@@ -14,21 +14,22 @@ from torch import Tensor
 from loratune.cli.verbs.merge import merge
 from loratune.diffusion.process import snr
 from loratune.errors import UserError
-from loratune.families.family import join_conditions, repeat_condition
-from loratune.families.load import load_family
+from loratune.families.conditions import join_conditions, repeat_condition
+from loratune.families.load import load_model
 from loratune.families.locate import builtin_names, locate
+from loratune.families.model import Model
 from loratune.families.save import configs_of, save_diffusers_folder, weights_of
-from loratune.families.sd import NewStableDiffusion, StableDiffusion
+from loratune.families.sd import NewStableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]
 
 
 @pytest.fixture(scope="module")
-def family(tiny_base: Path) -> StableDiffusion:
-    return load_family(str(tiny_base)).eval()
+def family(tiny_base: Path) -> Model:
+    return load_model(str(tiny_base)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def same_weights(one: StableDiffusion, other: StableDiffusion, dtype: torch.dtype = torch.float32) -> bool:
+def same_weights(one: Model, other: Model, dtype: torch.dtype = torch.float32) -> bool:
     left, right = weights_of(one, dtype), weights_of(other, dtype)
     return left.keys() == right.keys() and all(
         left[part].keys() == right[part].keys() and all(torch.equal(left[part][k], right[part][k]) for k in left[part])
@@ -65,39 +66,39 @@ def refused(name: str | Path) -> str:
 # Round trips.
 
 
-def test_a_folder_is_written_and_read_without_loss(family: StableDiffusion, tmp_path: Path) -> None:
+def test_a_folder_is_written_and_read_without_loss(family: Model, tmp_path: Path) -> None:
     save_diffusers_folder(family, tmp_path / "copy", torch.float32)
-    again = load_family(str(tmp_path / "copy"))
+    again = load_model(str(tmp_path / "copy"))
     assert same_weights(family, again)
     assert configs_of(family) == configs_of(again)
     assert again.prediction == family.prediction == "v"
     assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
 
 
-def test_a_folder_of_halves_is_the_weights_rounded_once(family: StableDiffusion, tmp_path: Path) -> None:
+def test_a_folder_of_halves_is_the_weights_rounded_once(family: Model, tmp_path: Path) -> None:
     save_diffusers_folder(family, tmp_path / "half")
-    again = load_family(str(tmp_path / "half"))
+    again = load_model(str(tmp_path / "half"))
     assert same_weights(family, again, torch.float16)
     assert next(again.network.parameters()).dtype == torch.float32
     assert next(family.network.parameters()).dtype == torch.float32
-    halves = load_family(str(tmp_path / "half"), torch.float16)
+    halves = load_model(str(tmp_path / "half"), torch.float16)
     assert {value.dtype for value in halves.parameters()} == {torch.float16}
 
 
-def test_a_folder_that_is_there_is_not_overwritten(family: StableDiffusion, tiny_base: Path) -> None:
+def test_a_folder_that_is_there_is_not_overwritten(family: Model, tiny_base: Path) -> None:
     with pytest.raises(UserError, match="not an empty folder"):
         save_diffusers_folder(family, tiny_base)
 
 
-def test_a_single_file_is_the_same_base(family: StableDiffusion, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_single_file_is_the_same_base(family: Model, tiny_base: Path, tmp_path: Path) -> None:
     lora, file, folder = zero_lora(tmp_path / "zero.safetensors"), tmp_path / "one.safetensors", tmp_path / "back"
     merge(str(tiny_base), [str(lora)], file)
-    again = load_family(str(file))
+    again = load_model(str(file))
     assert same_weights(family, again)
     assert again.prediction == "v"
     assert torch.equal(again.noise_schedule.b, family.noise_schedule.b)
     merge(str(file), [str(lora)], folder)
-    assert same_weights(family, load_family(str(folder)))
+    assert same_weights(family, load_model(str(folder)))
 
 
 def test_weights_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path) -> None:
@@ -105,17 +106,17 @@ def test_weights_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path) ->
     file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
     write_safetensors(file, {"encoder.conv_in.weight": torch.zeros(1)}, {})
     with pytest.raises(UserError, match="the weights of its vae do not fit its configuration"):
-        load_family(str(tmp_path / "base"))
+        load_model(str(tmp_path / "base"))
     (tmp_path / "base" / "unet" / "config.json").unlink()
     with pytest.raises(UserError, match=r"unet/config\.json: missing; the base is not complete"):
-        load_family(str(tmp_path / "base"))
+        load_model(str(tmp_path / "base"))
 
 
 # diffusers.
 
 
 @torch.no_grad()
-def test_diffusers_loads_the_folder_and_computes_the_same(family: StableDiffusion, pipeline: Any) -> None:
+def test_diffusers_loads_the_folder_and_computes_the_same(family: Model, pipeline: Any) -> None:
     told, nothing = pipeline.encode_prompt(CAPTIONS, "cpu", 1, True)
     assert torch.equal(family.encode_prompts(CAPTIONS)["text"], told)
     assert torch.equal(family.encode_prompts([""] * 3)["text"], nothing)
@@ -130,7 +131,7 @@ def test_diffusers_loads_the_folder_and_computes_the_same(family: StableDiffusio
     assert torch.equal(family.decode(x), pipeline.vae.decode(x / scale).sample)
 
 
-def test_the_noise_schedule_is_the_schedulers(family: StableDiffusion, pipeline: Any) -> None:
+def test_the_noise_schedule_is_the_schedulers(family: Model, pipeline: Any) -> None:
     assert family.noise_schedule.a.dtype == torch.float64
     assert torch.allclose(family.noise_schedule.a.square().float(), pipeline.scheduler.alphas_cumprod, atol=1e-6)
     assert family.noise_schedule.a[-1] == 0
@@ -145,7 +146,7 @@ def test_the_noise_schedule_is_the_schedulers(family: StableDiffusion, pipeline:
 
 
 @pytest.mark.parametrize("shift", [None, 0.3])
-def test_start_draws_from_the_posterior(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
+def test_start_draws_from_the_posterior(family: Model, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
     monkeypatch.setattr(family.vae, "_internal_dict", {**family.vae.config, "shift_factor": shift})
     batch = {"mean": random(2, 4, 8, 8), "logvar": random(2, 4, 8, 8, seed=1)}
     kept = {key: value.clone() for key, value in batch.items()}
@@ -162,15 +163,15 @@ def test_start_draws_from_the_posterior(family: StableDiffusion, monkeypatch: py
     assert torch.allclose(latents[0], batch["mean"], atol=1e-6)  # decode undoes scale and shift
 
 
-def test_latent_shape(family: StableDiffusion) -> None:
+def test_latent_shape(family: Model) -> None:
     assert family.latent_shape(16, 16) == (4, 8, 8)
     assert family.latent_shape(10, 16) == (4, 5, 8)
     with pytest.raises(UserError, match="size 15: the VAE needs a multiple of 2"):
         family.latent_shape(16, 15)
 
 
-def test_tokens_fill_the_window_and_long_captions_are_cut(family: StableDiffusion) -> None:
-    ids = family.tokens(CAPTIONS)
+def test_tokens_fill_the_window_and_long_captions_are_cut(family: Model) -> None:
+    ids = family.family.read(family, CAPTIONS).ids
     begin, end = family.tokenizer.bos_token_id, family.tokenizer.eos_token_id
     assert ids.shape == (3, 77)
     assert set(ids[:, 0].tolist()) == {begin}
@@ -181,7 +182,7 @@ def test_tokens_fill_the_window_and_long_captions_are_cut(family: StableDiffusio
 
 
 @torch.no_grad()
-def test_conditions_are_joined_and_repeated(family: StableDiffusion) -> None:
+def test_conditions_are_joined_and_repeated(family: Model) -> None:
     one, two = family.encode_prompts(["a disc"]), family.encode_prompts(["a ring"])
     joined = join_conditions([one, repeat_condition(two, 3)])
     assert joined["text"].shape[0] == 4
@@ -194,15 +195,15 @@ def test_conditions_are_joined_and_repeated(family: StableDiffusion) -> None:
 
 def test_a_new_base_refuses_what_makes_no_sense(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"zero_terminal_snr: .*use prediction: v"):
-        NewStableDiffusion(tiny_base / "vae", prediction="eps")
+        NewStableDiffusion(tiny_base / "vae", prediction="eps").build()
     with pytest.raises(UserError, match=r"nothing: no VAE here; train one with recipes/pretrain/vae\.yaml"):
-        NewStableDiffusion(tmp_path / "nothing")
+        NewStableDiffusion(tmp_path / "nothing").build()
 
 
-def test_a_prediction_type_that_is_not_known(family: StableDiffusion) -> None:
-    parts = (family.network, family.vae, family.text_encoder, family.tokenizer)
+def test_a_prediction_type_that_is_not_known(family: Model) -> None:
+    config = {**family.scheduler_config, "prediction_type": "flow"}
     with pytest.raises(UserError, match=r"here: prediction type 'flow'.*epsilon"):
-        StableDiffusion(*parts, {**family.scheduler_config, "prediction_type": "flow"}, "here")
+        Model(family.family, family.components(), config, {"tokenizer": family.tokenizer}, "here")
 
 
 # Finding bases.
@@ -238,4 +239,4 @@ def test_what_is_there_is_found(tiny_base: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/x.safetensors") == file
     with pytest.raises(UserError, match=r"x\.safetensors: a LoRA, not a base"):
-        load_family(str(file))
+        load_model(str(file))

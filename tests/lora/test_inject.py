@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.architectures import canonical_module_name
+from loratune.families.load import load_model
+from loratune.families.model import Model
 from loratune.families.sd import StableDiffusion
 from loratune.lora.inject import (
     PRESETS,
-    TEXT_TARGETS,
     LoRA,
     adapted_layers,
-    canonical,
     collect,
     inject,
     match_targets,
@@ -30,9 +30,12 @@ from loratune.lora.inject import (
 QUICK = settings(max_examples=60, deadline=None)
 
 
+TARGETS = {**PRESETS, **StableDiffusion.targets}
+
+
 @pytest.fixture
-def family(tiny_base: Path) -> StableDiffusion:
-    return load_family(str(tiny_base)).eval()
+def family(tiny_base: Path) -> Model:
+    return load_model(str(tiny_base)).eval()
 
 
 class Little(nn.Module):
@@ -48,23 +51,23 @@ class Little(nn.Module):
         self.norm = nn.LayerNorm(6)
 
 
-def blocks(family: StableDiffusion, name: str) -> list[str]:
+def blocks(family: Model, name: str) -> list[str]:
     return [path for path, _ in family.network.named_modules() if path.endswith(f".{name}")]
 
 
 # Targets.
 
 
-def test_presets_match_what_they_say(family: StableDiffusion) -> None:
+def test_presets_match_what_they_say(family: Model) -> None:
     network = family.network
     crossing, own, forward = (blocks(family, name) for name in ("attn2", "attn1", "ff"))
     assert len(crossing) == len(own) == len(forward) > 0
     cross = {f"{block}.to_{part}" for block in crossing for part in "qkv"}
-    assert set(match_targets(network, PRESETS["cross-attention"])) == cross
+    assert set(match_targets(network, TARGETS["cross-attention"])) == cross
     attention = {f"{block}.to_{part}" for block in crossing + own for part in ("q", "k", "v", "out.0")}
-    assert set(match_targets(network, PRESETS["attention"])) == attention
+    assert set(match_targets(network, TARGETS["attention"])) == attention
     feed = {f"{block}.{part}" for block in forward for part in ("net.0.proj", "net.2")}
-    assert set(match_targets(network, PRESETS["attention+ff"])) == attention | feed
+    assert set(match_targets(network, TARGETS["attention+ff"])) == attention | feed
     linear = {name for name, part in network.named_modules() if isinstance(part, nn.Linear)}
     assert set(match_targets(network, PRESETS["all-linear"], linear_only=True)) == linear
     assert LoRA(targets="all-linear").linear_only
@@ -73,20 +76,20 @@ def test_presets_match_what_they_say(family: StableDiffusion) -> None:
     assert attention | feed < linear
 
 
-def test_the_default_adapts_three_layers_of_each_cross_attention(family: StableDiffusion) -> None:
-    targets = inject(family.network, LoRA(), LoRA().pattern)
+def test_the_default_adapts_three_layers_of_each_cross_attention(family: Model) -> None:
+    targets = inject(family.network, LoRA(), LoRA().pattern(TARGETS))
     assert len(targets) == 3 * len(blocks(family, "attn2"))
     assert sorted(adapted_layers(family.network)) == sorted(targets)
     assert all(re.search(r"\.attn2\.to_[qkv]$", name) for name in targets)
 
 
-def test_text_targets_are_the_text_encoders_attention(family: StableDiffusion) -> None:
-    targets = match_targets(family.text_encoder, TEXT_TARGETS)
-    assert sorted(canonical("text_encoder", name) for name in targets) == [
+def test_text_targets_are_the_text_encoders_attention(family: Model) -> None:
+    targets = match_targets(family.text_encoder, StableDiffusion.text_targets)
+    assert sorted(canonical_module_name("text_encoder", family.text_encoder, name) for name in targets) == [
         f"text_model.encoder.layers.0.self_attn.{part}_proj" for part in ("k", "out", "q", "v")
     ]
-    assert canonical("text_encoder", "text_model.x") == "text_model.x"
-    assert canonical("unet", "down_blocks.0") == "down_blocks.0"
+    assert canonical_module_name("text_encoder", family.text_encoder, "text_model.x") == "text_model.x"
+    assert canonical_module_name("unet", family.network, "down_blocks.0") == "down_blocks.0"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_text_targets_are_the_text_encoders_attention(family: StableDiffusion) -
     ],
 )
 def test_targets_are_regular_expressions_of_whole_names(pattern: str, wanted: list[str]) -> None:
-    targets = inject(Little(), LoRA(rank=2, targets=pattern), LoRA(rank=2, targets=pattern).pattern)
+    targets = inject(Little(), LoRA(rank=2, targets=pattern), LoRA(rank=2, targets=pattern).pattern(TARGETS))
     assert sorted(targets) == wanted
 
 
@@ -112,7 +115,7 @@ def test_only_the_layers_that_match_whole_are_adapted() -> None:
         match_targets(model, r"\.conv")
 
 
-def test_targets_that_match_nothing_list_what_there_is(family: StableDiffusion) -> None:
+def test_targets_that_match_nothing_list_what_there_is(family: Model) -> None:
     with pytest.raises(UserError, match=r"lora\.targets '.*attn3.*' matches no layer; there are: ") as error:
         inject(family.network, LoRA(), r".*attn3.*")
     told = str(error.value)
@@ -174,9 +177,9 @@ def test_a_convolution_computes_the_formula() -> None:
     assert torch.allclose(layer.matrix().view_as(delta), delta, atol=1e-6)
 
 
-def test_a_layer_within_the_network_computes_the_formula(family: StableDiffusion) -> None:
+def test_a_layer_within_the_network_computes_the_formula(family: Model) -> None:
     lora = LoRA(rank=3, alpha=7.5)
-    targets = inject(family.network, lora, lora.pattern)
+    targets = inject(family.network, lora, lora.pattern(TARGETS))
     layer = adapted_layers(family.network)[targets[4]]
     x = torch.randn(2, 5, layer.in_features)
     with torch.no_grad():
@@ -200,7 +203,7 @@ def test_alpha_is_the_rank_unless_given() -> None:
     assert LoRA(rank=5, alpha=2).scaled_alpha == 2.0
     for lora in (LoRA(rank=5, targets="conv"), LoRA(rank=5, alpha=2, targets="conv")):
         model = Little()
-        inject(model, lora, lora.pattern)
+        inject(model, lora, lora.pattern(TARGETS))
         layer = collect({"unet": model})["unet.conv"]
         assert (layer.rank, layer.alpha) == (5, lora.scaled_alpha)
 
@@ -222,19 +225,19 @@ def test_dropout_is_for_training_alone() -> None:
 # In and out.
 
 
-def test_only_the_adapter_is_trained(family: StableDiffusion) -> None:
+def test_only_the_adapter_is_trained(family: Model) -> None:
     family.requires_grad_(False)
-    inject(family.network, LoRA(rank=2), LoRA().pattern)
-    inject(family.text_encoder, LoRA(rank=2), TEXT_TARGETS)
-    groups = parameter_groups(family.components(), LoRA(text_encoder=True, text_encoder_lr=5e-5))
+    inject(family.network, LoRA(rank=2), LoRA().pattern(TARGETS))
+    inject(family.text_encoder, LoRA(rank=2), StableDiffusion.text_targets)
+    groups = parameter_groups(family.components(), LoRA(text_encoder=True, text_encoder_lr=5e-5), ["text_encoder"])
     assert [group.get("lr") for group in groups] == [None, 5e-5]
     assert [len(group["params"]) for group in groups] == [2 * 3 * len(blocks(family, "attn2")), 2 * 4]
 
 
-def test_what_is_collected_is_a_copy_under_the_names_of_files(family: StableDiffusion) -> None:
+def test_what_is_collected_is_a_copy_under_the_names_of_files(family: Model) -> None:
     lora = LoRA(rank=2, alpha=3)
-    targets = inject(family.network, lora, lora.pattern)
-    inject(family.text_encoder, lora, TEXT_TARGETS)
+    targets = inject(family.network, lora, lora.pattern(TARGETS))
+    inject(family.text_encoder, lora, StableDiffusion.text_targets)
     found = collect(family.components())
     assert set(found) == {f"unet.{name}" for name in targets} | {
         f"text_encoder.text_model.encoder.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "out")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from loratune.errors import UserError
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, at_start, collect, factors, inject, parameter_groups, put
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.training.lora_module import LoRAModule
 from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 
@@ -44,7 +46,7 @@ def made(set_to: dict[str, Any], seed: int = 0) -> tuple[Pair, dict[str, Tensor]
     pair = Pair()
     weights = {name: getattr(pair, name).weight.detach().clone() for name in ("linear", "conv")}
     lora = LoRA(**{"rank": 4, "alpha": 6.0, "targets": "all", **set_to})
-    inject(pair, lora, lora.pattern)
+    inject(pair, lora, lora.pattern({}))
     return pair.eval(), weights, lora
 
 
@@ -184,7 +186,7 @@ def test_a_run_goes_on_from_a_file_of_any_format(tiny_base: Path, tmp_path: Path
     set_to: Any = {"type": kind, "rank": 4, "text_encoder": True}
     first = LoRAModule(str(tiny_base), LoRA(**set_to))
     with torch.no_grad():
-        for layer in adapted_layers(first.family).values():
+        for layer in adapted_layers(first.model).values():
             for value in factors(layer).values():
                 value.add_(torch.randn_like(value))
     path = tmp_path / "before.safetensors"
@@ -223,7 +225,7 @@ def test_b_and_the_text_encoder_have_their_own_rates() -> None:
     for module in (unet, text):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    groups = parameter_groups({"unet": unet, "text_encoder": text}, lora)
+    groups = parameter_groups({"unet": unet, "text_encoder": text}, lora, ["text_encoder"])
     optimizer = optimizer_and_schedule(
         _Module(),  # type: ignore[arg-type]
         groups,

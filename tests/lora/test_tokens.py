@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from loratune.cli.main import main
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.sd import TOKENIZER
 from loratune.formats.headers import read_header
 from loratune.lora.inject import LoRA
@@ -74,7 +74,7 @@ def test_only_the_new_rows_get_gradients() -> None:
 
 
 def test_rows_start_from_the_words_of_the_initializer_in_turn(tiny_base: Path) -> None:
-    parts = load_family(str(tiny_base)).text_parts()
+    parts = load_model(str(tiny_base)).text_parts()
     tokenizer, encoder = parts["text_encoder"]
     weight = encoder.get_input_embeddings().weight
     red, disc = tokenizer("red disc", add_special_tokens=False).input_ids
@@ -89,7 +89,7 @@ def test_rows_start_from_the_words_of_the_initializer_in_turn(tiny_base: Path) -
 
 @torch.no_grad()
 def test_captions_without_the_token_stay_what_they_were(tiny_base: Path) -> None:
-    family = load_family(str(tiny_base)).eval()
+    family = load_model(str(tiny_base)).eval()
     before = family.encode_prompts(CAPTIONS)["text"]
     add_tokens(family.text_parts(), ["<blob>"], {"text_encoder": rows(1, 16)})
     after = family.encode_prompts(CAPTIONS)["text"]
@@ -103,7 +103,7 @@ def test_captions_without_the_token_stay_what_they_were(tiny_base: Path) -> None
 @torch.no_grad()
 @pytest.mark.parametrize("end", [2, 49407])
 def test_the_pooled_state_stays_that_of_the_end_token(tiny_sdxl: Path, end: int) -> None:
-    family: Any = load_family(str(tiny_sdxl)).eval()
+    family: Any = load_model(str(tiny_sdxl)).eval()
     for module in family.text_encoder_2.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = end  # 2 in old configurations, and then the token of the highest number
@@ -111,7 +111,7 @@ def test_the_pooled_state_stays_that_of_the_end_token(tiny_sdxl: Path, end: int)
     add_tokens(family.text_parts(), ["<blob>"], {"text_encoder": rows(1, 8), "text_encoder_2": rows(1, 12)})
     after = family.encode_prompts(CAPTIONS)["pooled"]
     assert torch.equal(after[1], before[1])
-    ids = family.windows(CAPTIONS, "text_encoder_2").ids[:1]
+    ids = family.family.read(family, CAPTIONS, "text_encoder_2").ids[:1]
     states = family.text_encoder_2(ids, output_hidden_states=True).last_hidden_state
     at = ids[0].tolist().index(49407)
     torch.testing.assert_close(after[0], family.text_encoder_2.text_projection(states[0, at]))
@@ -130,7 +130,7 @@ def test_diffusers_reads_our_file_as_we_do(tiny_base: Path, tmp_path: Path) -> N
     with torch.no_grad():
         theirs = pipeline.encode_prompt(CAPTIONS, "cpu", 1, False)[0]
         ours = load_with(str(tiny_base), [], "cpu", [path]).encode_prompts(CAPTIONS)["text"]
-        base = load_family(str(tiny_base)).encode_prompts(CAPTIONS)["text"]
+        base = load_model(str(tiny_base)).encode_prompts(CAPTIONS)["text"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert not torch.allclose(ours[0], base[0])
 
@@ -205,7 +205,7 @@ def test_a_wrong_file_does_not_pass_the_reading_back(tmp_path: Path, monkeypatch
 
 
 def test_a_token_is_put_into_a_base_once(tiny_base: Path, tmp_path: Path) -> None:
-    path, parts = tmp_path / "x.safetensors", load_family(str(tiny_base)).text_parts()
+    path, parts = tmp_path / "x.safetensors", load_model(str(tiny_base)).text_parts()
     save_file({"<blob>": rows(1, 16)}, path)
     assert put_embedding(path, parts) == "<blob>"
     assert torch.equal(rows_of(parts)["text_encoder"], rows(1, 16))
@@ -289,10 +289,10 @@ def test_a_token_alone_is_trained_saved_and_drawn_with(recipe: Path, tiny_base: 
 
     words = ["--model.lora.targets", "none", "--export.dtype", "float32", *TOKEN]
     cli = run(["-c", str(recipe), *words], execute=False)
-    embedding = cli.model.family.text_encoder.get_input_embeddings()
+    embedding = cli.model.model.text_encoder.get_input_embeddings()
     start = embedding.rows.detach().clone()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    base = load_family(str(tiny_base)).text_encoder.get_input_embeddings().weight
+    base = load_model(str(tiny_base)).text_encoder.get_input_embeddings().weight
     assert torch.equal(embedding.known.weight, base)
     moved = (embedding.rows - start).abs().mean(1)
     assert (moved > 0.01).all()  # 6 steps at a rate of 0.05
@@ -369,7 +369,7 @@ def test_what_is_wrong_with_a_token_is_told_before_a_weight_is_read(
 ) -> None:
     import loratune.training.diffusion_module as module
 
-    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a weight was read"))
     assert main(["fit", "-c", str(recipe), *words]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loratune: ")]
     assert len(told) == 1
@@ -385,11 +385,3 @@ def test_a_token_in_no_caption_is_told_before_training(
         r"tokens.placeholder_token: '<blob>' is in none of \d+ captions; write it there", capsys.readouterr().err
     )
     assert not list((tmp_path / "run").rglob("*.safetensors"))
-
-
-def test_a_base_without_a_text_encoder_learns_no_token() -> None:
-    from loratune.families.pixels import PixelDDPM
-
-    family = PixelDDPM(size=16, channels=(16, 16), attention_from=1)
-    with pytest.raises(ValueError, match="tokens: this base has no text encoder"):
-        LoRAModule(family, LoRA(targets="none"), tokens=NewToken("<blob>"))

@@ -13,7 +13,7 @@ from loratune.cli.main import main
 from loratune.cli.verbs.plan import duration
 from loratune.errors import UserError
 from loratune.families.architectures import architectures
-from loratune.families.load import load_family, without_weights
+from loratune.families.load import load_model, without_weights
 from loratune.families.save import write_settings
 from loratune.lora.inject import LoRA
 from loratune.planning.calibrate import firsts, matrix_rate
@@ -31,7 +31,7 @@ def test_a_base_without_weights_is_the_same_but_for_the_numbers(tiny_base: Path)
     assert all(parameter.is_meta for parameter in empty.parameters())
     told = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in one.named_parameters()} for one in (empty, full)]
     assert told[0] == told[1]
-    assert not next(load_family(str(tiny_base)).parameters()).is_meta
+    assert not next(load_model(str(tiny_base)).parameters()).is_meta
 
 
 def condition() -> dict[str, torch.Tensor]:
@@ -53,11 +53,11 @@ def real_step(module: LoRAModule, count: int, shape: Any, dtype: torch.dtype | N
         return value
 
     with torch.no_grad():
-        told = module.family.encode_prompts(["a disc"] * count)
+        told = module.model.encode_prompts(["a disc"] * count)
     autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), autocast:
         x_t, t = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.long)
-        module.family.denoise(x_t, t, told).square().mean()
+        module.model.denoise(x_t, t, told).square().mean()
     return sum(held.values())
 
 
@@ -74,8 +74,8 @@ def test_activations_are_those_of_a_true_step(precision: str, targets: str, memo
         module = LoRAModule("builtin:emoji-64", lora, memory=memory)
     imagine(module, precision)
     with torch.no_grad():
-        told = module.family.encode_prompts(["a disc"] * 2)
-    made = step(module.family, 2, shape, lambda: told, Rules(precision, gpu=False), backward=False)
+        told = module.model.encode_prompts(["a disc"] * 2)
+    made = step(module.model, 2, shape, lambda: told, Rules(precision, gpu=False), backward=False)
     assert made.activations == pytest.approx(real, rel=0.06)
     assert made.flops > 0
 
@@ -86,7 +86,7 @@ def test_checkpointing_has_its_peak_in_the_backward_pass() -> None:
         with without_weights():
             module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(gradient_checkpointing=True))
         imagine(module, "32-true")
-        made[backward] = step(module.family, 2, (4, 16, 16), condition, Rules("32-true", False), backward)
+        made[backward] = step(module.model, 2, (4, 16, 16), condition, Rules("32-true", False), backward)
     assert made[True].activations == made[False].activations
     assert made[True].transient > made[False].transient
 
@@ -97,7 +97,7 @@ def test_a_gpu_takes_norms_in_float32() -> None:
         with without_weights():
             module = LoRAModule("builtin:emoji-64", LoRA(rank=4))
         imagine(module, "bf16-mixed")
-        found.append(step(module.family, 2, (4, 16, 16), condition, Rules("bf16-mixed", gpu), False).activations)
+        found.append(step(module.model, 2, (4, 16, 16), condition, Rules("bf16-mixed", gpu), False).activations)
     assert found[1] > 1.1 * found[0]
 
 
@@ -105,10 +105,10 @@ def test_a_gpu_takes_norms_in_float32() -> None:
 def test_quantised_weights_are_counted_as_they_will_be_held(kind: Any) -> None:
     with without_weights():
         module = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantization=kind))
-    plain = weight_bytes(load_family("builtin:emoji-64").network, True)
-    real = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantization=kind)).family.network
+    plain = weight_bytes(load_model("builtin:emoji-64").network, True)
+    real = LoRAModule("builtin:emoji-64", LoRA(rank=4), memory=Memory(quantization=kind)).model.network
     held = sum(p.numel() * p.element_size() for p in real.parameters() if not p.requires_grad)
-    counted = weight_bytes(module.family.network, False)
+    counted = weight_bytes(module.model.network, False)
     assert counted < 0.7 * plain
     assert counted == pytest.approx(held, rel=0.02)  # `held` lacks the scales
 
@@ -170,7 +170,7 @@ def test_full_fine_tuning_is_planned(tiny_base: Path, recipe: Path) -> None:
     head, _, tail = text.partition("  lora:")
     recipe.write_text(head + tail[tail.index("data:") :])
     made = make_plan(recipe, gpu=False)
-    assert made.trained == sum(p.numel() for p in load_family(str(tiny_base)).network.parameters())
+    assert made.trained == sum(p.numel() for p in load_model(str(tiny_base)).network.parameters())
     assert made.memory["trained"] == 4 * made.trained
 
 

@@ -186,12 +186,23 @@ def test_bad_input_is_one_line_before_a_weight_is_read(
 ) -> None:
     import loratune.training.diffusion_module as module
 
-    monkeypatch.setattr(module, "load_family", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a weight was read"))
     assert main(["fit", "-c", str(recipe), *words.split()]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loratune: ")]
     assert len(told) == 1
     assert expected in told[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_help_of_fit_begins_with_the_recipes_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: loratune fit -c RECIPE [--KEY VALUE ...]\n")
+    places = [
+        text.index(f"\n  --{key} ") for key in ("model.lora.rank", "data.path", "samples.prompts", "trainer.max_steps")
+    ]
+    assert places == sorted(places)
 
 
 OPTIMIZERS = {

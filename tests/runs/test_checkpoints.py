@@ -238,7 +238,7 @@ def test_another_recipe_is_refused_unless_it_is_allowed(
 ) -> None:
     assert fit(recipe, "--trainer.max_steps", "2") == 0
     loaded: list[str] = []
-    monkeypatch.setattr(module, "load_family", lambda *_: loaded.append("weights") or 1 / 0)
+    monkeypatch.setattr(module, "load_model", lambda *_: loaded.append("weights") or 1 / 0)
     assert fit(recipe, "--ckpt_path", "last", *words) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"last.ckpt: is of another run: {said}; " in told

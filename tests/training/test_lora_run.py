@@ -15,10 +15,13 @@ from loratune.cli.main import main
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, module_names
 from loratune.families.base import Base
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.lora.verify import verify
 from loratune.recipe.run import run as run_recipe
@@ -35,14 +38,14 @@ def predictions(family: object, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_step_zero_is_the_base_exactly(tiny_base: Path, text_encoder: bool) -> None:
-    base = load_family(str(tiny_base)).eval()
+    base = load_model(str(tiny_base)).eval()
     module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=text_encoder)).eval()
-    assert torch.equal(predictions(base), predictions(module.family))
-    for layer in adapted_layers(module.family).values():
+    assert torch.equal(predictions(base), predictions(module.model))
+    for layer in adapted_layers(module.model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight)
-    assert not torch.equal(predictions(base), predictions(module.family))
-    switch([module.family], 0.0)
-    assert torch.equal(predictions(base), predictions(module.family))
+    assert not torch.equal(predictions(base), predictions(module.model))
+    switch([module.model], 0.0)
+    assert torch.equal(predictions(base), predictions(module.model))
 
 
 def test_only_b_and_a_are_trained_and_saved(tiny_base: Path) -> None:
@@ -64,7 +67,7 @@ def test_diffusers_draws_with_the_lora_as_we_do(
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
     pipeline.load_lora_weights(lora)
     assert not [record for record in caplog.records if "key" in record.getMessage().lower()]
-    ours, base = load_with(str(tiny_base), [str(lora)], "cpu"), load_family(str(tiny_base))
+    ours, base = load_with(str(tiny_base), [str(lora)], "cpu"), load_model(str(tiny_base))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([600])
     with torch.no_grad():
         told = pipeline.text_encoder(ours.tokens(["a red disc"])).last_hidden_state
@@ -143,7 +146,7 @@ def test_other_kinds_are_written_and_read(
     words = ["--model.lora.type", kind, "--export.format", format, "--export.dtype", "float32"]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     path = tmp_path / "run" / "lora.safetensors"
-    ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_family(str(tiny_base))
+    ours, base = load_with(str(tiny_base), [str(path)], "cpu"), load_model(str(tiny_base))
     assert not torch.allclose(predictions(ours), predictions(base), atol=1e-3)
     file = read_lora(path, module_names(Base.open(str(tiny_base)).configs))
     assert {layer.name for layer in file.layers.values()} == {KINDS[kind]}

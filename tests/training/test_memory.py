@@ -15,7 +15,7 @@ from torch.utils import checkpoint
 
 from loratune.cli.main import main
 from loratune.errors import UserError
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import Prompts
 from loratune.lora.inject import LoRA
@@ -35,8 +35,8 @@ def bytes_of(module: nn.Module) -> int:
 def output_of(module: LoRAModule) -> Tensor:
     """What the network answers at fixed x_t and t."""
     random = torch.Generator().manual_seed(0)
-    told = module.family.encode_prompts(["a red disc", "a blue disc"])
-    return module.family.denoise(torch.randn(2, 4, 8, 8, generator=random), torch.tensor([10, 900]), told)
+    told = module.model.encode_prompts(["a red disc", "a blue disc"])
+    return module.model.denoise(torch.randn(2, 4, 8, 8, generator=random), torch.tensor([10, 900]), told)
 
 
 def gradients(module: LoRAModule) -> dict[str, Tensor]:
@@ -53,12 +53,12 @@ def gradients(module: LoRAModule) -> dict[str, Tensor]:
 def test_quantised_layers_take_less_and_answer_alike(kind: Any, layer: type, share: float) -> None:
     plain = LoRAModule(BUILTIN, LoRA(rank=4))
     held = LoRAModule(BUILTIN, LoRA(rank=4), memory=Memory(quantization=kind))
-    linear = [name for name, part in load_family(BUILTIN).network.named_modules() if type(part) is nn.Linear]
-    weights = dict(held.family.network.named_modules())
+    linear = [name for name, part in load_model(BUILTIN).network.named_modules() if type(part) is nn.Linear]
+    weights = dict(held.model.network.named_modules())
     for name in linear:
         found: Any = weights.get(f"{name}.base_layer", weights[name])
         assert isinstance(found, layer), name
-    before, after = (sum(bytes_of(w.get_submodule(n)) for n in linear) for w in (plain.family.network, weights[""]))
+    before, after = (sum(bytes_of(w.get_submodule(n)) for n in linear) for w in (plain.model.network, weights[""]))
     adapter = sum(p.numel() * 4 for p in plain.parameters() if p.requires_grad)
     assert after - adapter < share * (before - adapter)
     with torch.no_grad():
@@ -90,18 +90,17 @@ def test_quantise_of_a_text_encoder_that_is_adapted(tiny_base: Path) -> None:
     alone = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(quantization="nf4"))
     both = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(quantization="nf4"))
     for module, there in ((alone, False), (both, True)):
-        parts = module.family.components()
+        parts = module.model.components()
         assert any(isinstance(part, Linear4bit) for part in parts["text_encoder"].modules()) == there
         assert not any(isinstance(part, Linear4bit) for part in parts["vae"].modules())
 
 
 def test_dtype_is_of_the_frozen_network_and_text_encoder(tiny_base: Path) -> None:
-    for base in (str(tiny_base), load_family(str(tiny_base))):
-        module = LoRAModule(base, LoRA(rank=4), memory=Memory(dtype="bfloat16"))
-        for name, parameter in module.family.named_parameters():
-            exact = name.startswith("vae.") or parameter.requires_grad
-            assert parameter.dtype == (torch.float32 if exact else torch.bfloat16), name
-        assert output_of(module).dtype == torch.float32
+    module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(dtype="bfloat16"))
+    for name, parameter in module.model.named_parameters():
+        exact = name.startswith("vae.") or parameter.requires_grad
+        assert parameter.dtype == (torch.float32 if exact else torch.bfloat16), name
+    assert output_of(module).dtype == torch.float32
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
@@ -138,7 +137,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(
 
 def test_checkpointing_of_a_trained_text_encoder(tiny_base: Path) -> None:
     module = LoRAModule(str(tiny_base), LoRA(rank=4, text_encoder=True), memory=Memory(gradient_checkpointing=True))
-    assert module.family.components()["text_encoder"].is_gradient_checkpointing
+    assert module.model.components()["text_encoder"].is_gradient_checkpointing
     assert any("text_encoder" in name and value.abs().max() > 0 for name, value in gradients(module).items())
 
 
@@ -149,7 +148,7 @@ def test_plain_attention_answers_as_the_fused_kernel(tiny_base: Path, chunks: in
         torch.manual_seed(0)
         memory = Memory(attention=attention)  # type: ignore[arg-type]
         module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=memory, prompts=Prompts(chunks=chunks))
-        names = {type(one).__name__ for one in module.family.network.attn_processors.values()}
+        names = {type(one).__name__ for one in module.model.network.attn_processors.values()}
         assert names == {"PlainAttention" if attention == "plain" else "AttnProcessor2_0"}
         found.append(gradients(module))
     assert found[0].keys() == found[1].keys()
@@ -159,13 +158,13 @@ def test_plain_attention_answers_as_the_fused_kernel(tiny_base: Path, chunks: in
 def test_plain_attention_is_refused_where_layers_do_more() -> None:
     family = PixelDDPM(size=16, channels=(16, 16), attention_from=1)
     with pytest.raises(ValueError, match=r"memory.attention is plain: only for Stable Diffusion"):
-        DiffusionModule(family, memory=Memory(attention="plain"))
+        DiffusionModule(architecture=family, memory=Memory(attention="plain"))
 
 
 @pytest.mark.parametrize("last", [True, False])
 def test_channels_last(tiny_base: Path, last: bool) -> None:
     module = LoRAModule(str(tiny_base), LoRA(rank=4, targets="all"), memory=Memory(channels_last=last))
-    layer = module.family.network.down_blocks[0].resnets[0].conv1
+    layer = module.model.network.down_blocks[0].resnets[0].conv1
     for weight in (layer.base_layer.weight, layer.lora_A["default"].weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
 
@@ -185,11 +184,11 @@ def test_compile_takes_training_steps_alone_and_only_whole_batches(
     plain = LoRAModule(str(tiny_base), LoRA(rank=4))
     module = LoRAModule(str(tiny_base), LoRA(rank=4), memory=Memory(compile=True))
     assert module.state_dict().keys() == plain.state_dict().keys()
-    told = module.family.encode_prompts(["a disc"] * 4)
+    told = module.model.encode_prompts(["a disc"] * 4)
 
     def given(count: int) -> torch.Tensor:
-        x_t = torch.ones(count, *module.family.latent_shape(16, 16))
-        return module.family.denoise(x_t, torch.full((count,), 500), {"text": told["text"][:count]})
+        x_t = torch.ones(count, *module.model.latent_shape(16, 16))
+        return module.model.denoise(x_t, torch.full((count,), 500), {"text": told["text"][:count]})
 
     for count in (2, 1, 4, 2, 4):
         given(count)
@@ -201,7 +200,7 @@ def test_compile_takes_training_steps_alone_and_only_whole_batches(
         if "lora_" in name:
             value.data = torch.ones_like(value) / 50
     module.load_state_dict(plain.state_dict(), strict=False)
-    expected = plain.family.denoise(torch.ones(4, *module.family.latent_shape(16, 16)), torch.full((4,), 500), told)
+    expected = plain.model.denoise(torch.ones(4, *module.model.latent_shape(16, 16)), torch.full((4,), 500), told)
     assert torch.allclose(given(4), expected, atol=1e-5)
 
 
@@ -212,14 +211,14 @@ def small(recipe: Path, *more: str) -> list[str]:
 def test_release_drops_all_but_the_network(recipe: Path, tmp_path: Path) -> None:
     words = ("--model.memory.unload_encoders", "true", "--model.objective.caption_dropout", "0.5")
     cli = run_recipe(small(recipe, *words))
-    parts = cli.model.family.components()
+    parts = cli.model.model.components()
     assert isinstance(parts["vae"], Unloaded)
     assert isinstance(parts["text_encoder"], Unloaded)
-    assert {name.split(".")[0] for name, _ in cli.model.family.named_parameters()} == {"network"}
+    assert {name.split(".")[0] for name, _ in cli.model.model.named_parameters()} == {"network"}
     kept = run_recipe(small(recipe, "--trainer.default_root_dir", str(tmp_path / "kept")))
-    assert not any(isinstance(part, Unloaded) for part in kept.model.family.components().values())
+    assert not any(isinstance(part, Unloaded) for part in kept.model.model.components().values())
     with pytest.raises(UserError, match="the text_encoder was unloaded when training began"):
-        cli.model.family.encode_prompts(["a red disc"])
+        cli.model.model.encode_prompts(["a red disc"])
 
 
 def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_release_changes_no_number(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_released_parts_say_so(tiny_base: Path) -> None:
-    family = load_family(str(tiny_base))
+    family = load_model(str(tiny_base))
     shape = family.latent_shape(16, 16)
     unload_encoders(family)
     assert family.latent_shape(16, 16) == shape
@@ -300,7 +299,7 @@ def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: Memory) -> N
 
 def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
     module = DiffusionModule(str(tiny_base), memory=Memory(gradient_checkpointing=True))
-    assert module.family.network.is_gradient_checkpointing
+    assert module.model.network.is_gradient_checkpointing
 
 
 def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, images: Path, tmp_path: Path) -> None:
@@ -310,5 +309,5 @@ def test_the_qlora_recipe_takes_two_steps_on_a_small_base(tiny_base: Path, image
     cli = run_recipe(["fit", "-c", str(recipe), *words, "cpu", "--data.cache_dir", str(tmp_path / "cache")])
     assert cli.trainer.global_step == 2
     assert type(cli.trainer.optimizers[0]).__name__ == "AdamW8bit"
-    assert any(isinstance(part, Linear4bit) for part in cli.model.family.network.modules())
+    assert any(isinstance(part, Linear4bit) for part in cli.model.model.network.modules())
     assert (tmp_path / "run" / "lora.safetensors").is_file()

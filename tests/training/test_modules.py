@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from loratune.cli.main import main
 from loratune.diffusion.process import diffuse, target
-from loratune.families.load import load_family
+from loratune.families.load import load_model
 from loratune.families.pixels import PixelDDPM
 from loratune.families.sd import NewStableDiffusion
 from loratune.formats.images import normalise
@@ -55,14 +55,14 @@ def pixel_batch(count: int = 3) -> dict[str, Any]:
 def test_the_loss_is_algorithm_1_line_5(prediction: Any) -> None:
     torch.manual_seed(0)
     family = PixelDDPM(size=8, channels=(16, 16), attention_from=1, prediction=prediction)
-    module, batch, t = DiffusionModule(family), pixel_batch(), torch.tensor([0, 400, 999])
+    module, batch, t = DiffusionModule(architecture=family), pixel_batch(), torch.tensor([0, 400, 999])
     losses = module.losses(batch, t, generator("cpu", "place"), Objective())
     random = generator("cpu", "place")
     torch.randn((3, 3, 8, 8), generator=random)  # the posterior's noise, which pixels do not use
     noise, x_0 = torch.randn((3, 3, 8, 8), generator=random), normalise(batch["pixels"])
     bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].view(-1, 1, 1, 1)
     a, b = bars.sqrt().float(), (1 - bars).sqrt().float()
-    output = family.network(diffuse(x_0, noise, a, b), t).sample
+    output = module.model.network(diffuse(x_0, noise, a, b), t).sample
     wanted = (target(prediction, x_0, noise, a, b) - output).square().mean((1, 2, 3))
     assert torch.allclose(losses, wanted, atol=1e-6)
     if prediction == "eps":
@@ -71,18 +71,18 @@ def test_the_loss_is_algorithm_1_line_5(prediction: Any) -> None:
 
 def test_min_snr_weighs_the_loss() -> None:
     torch.manual_seed(0)
-    family = PixelDDPM(size=8, channels=(16, 16), attention_from=1)
+    module = DiffusionModule(architecture=PixelDDPM(size=8, channels=(16, 16), attention_from=1))
     batch, t = pixel_batch(), torch.tensor([5, 400, 999])
-    plain = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective())
-    weighed = DiffusionModule(family).losses(batch, t, generator("cpu", 0), Objective(min_snr_gamma=5.0))
-    bars = family.noise_schedule.a[t].square()
+    plain = module.losses(batch, t, generator("cpu", 0), Objective())
+    weighed = module.losses(batch, t, generator("cpu", 0), Objective(min_snr_gamma=5.0))
+    bars = module.model.noise_schedule.a[t].square()
     snr = bars / (1 - bars)
     assert torch.allclose((weighed / plain).double(), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-5)
 
 
 def test_caption_dropout_replaces_captions_by_nothing(tiny_base: Path) -> None:
     module = DiffusionModule(str(tiny_base), trainable=("unet", "text_encoder"))
-    family = module.family
+    family = module.model
     batch = {"name": ["a", "b"], "caption": ["a red disc", "a blue disc"]}
     batch |= {"mean": torch.zeros(2, 4, 8, 8), "logvar": torch.zeros(2, 4, 8, 8)}
     nothing = family.encode_prompts([""])["text"][0]
@@ -102,7 +102,7 @@ def test_caption_dropout_replaces_captions_by_nothing(tiny_base: Path) -> None:
 def test_full_fine_tuning_trains_the_unet_alone(tiny_base: Path) -> None:
     module = DiffusionModule(str(tiny_base))
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in module.named_parameters() if name.startswith("family.network.")}
+    assert trained == {name for name, _ in module.named_parameters() if name.startswith("model.unet.")}
     with pytest.raises(ValueError, match="unett"):
         DiffusionModule(str(tiny_base), trainable=("unett",))
 
@@ -112,10 +112,10 @@ def test_nonsense_pairs_are_refused(tiny_base: Path) -> None:
         Objective(caption_dropout=1.5)
     with pytest.raises(ValueError, match="min_snr_gamma is -1"):
         Objective(min_snr_gamma=-1)
-    family = load_family(str(tiny_base))
-    family.prediction = "eps"
     with pytest.raises(ValueError, match="terminal"):
-        DiffusionModule(family)
+        DiffusionModule(architecture=PixelDDPM(size=8), objective=Objective(zero_terminal_snr=True))
+    with pytest.raises(ValueError, match="base and architecture: give one"):
+        DiffusionModule()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_nonsense_pairs_are_refused(tiny_base: Path) -> None:
     [
         (
             "DiffusionModule",
-            "{base: {class_path: PixelDDPM, init_args: {size: 16, channels: [16, 16], attention_from: 1}}}",
+            "{architecture: {class_path: PixelDDPM, init_args: {size: 16, channels: [16, 16], attention_from: 1}}}",
         ),
         ("AutoencoderModule", "{channels: [16, 16]}"),
         ("ContrastiveModule", "{size: 16, patch: 8, width: 32, layers: 1}"),
@@ -159,12 +159,12 @@ def test_a_vae_is_trained_by_recipe_with_unit_latents(tmp_path: Path, images: Pa
 def test_a_conditional_model_is_trained_from_scratch_on_a_vae(tmp_path: Path, images: Path) -> None:
     vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
     base = f"{{vae: {vae}, channels: [16, 16], heads: [2, 2], text_width: 16, text_layers: 1, latent_size: 8}}"
-    init = f"{{trainable: [unet, text_encoder], base: {{class_path: NewStableDiffusion, init_args: {base}}}}}"
+    init = f"{{trainable: [unet, text_encoder], architecture: {{class_path: NewStableDiffusion, init_args: {base}}}}}"
     cache = ["--data.cache_dir", str(tmp_path / "cache"), "--trainer.callbacks+=EMA"]
     out = fit(tmp_path, images, "DiffusionModule", init, "ldm", 4, *cache)
-    made = load_family(str(out / "base-4"))
+    made = load_model(str(out / "base-4"))
     average = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["EMA"]["average"]
-    weight = average["family.network.conv_in.weight"].half().float()
+    weight = average["model.unet.conv_in.weight"].half().float()
     assert torch.equal(made.network.conv_in.weight, weight)
     assert made.prediction == "v"
     assert made.noise_schedule.ends_in_noise
@@ -244,7 +244,7 @@ def test_the_contrastive_loss_is_transformers_own() -> None:
 def test_a_text_encoder_is_trained_by_recipe_and_taken_over(tmp_path: Path, images: Path) -> None:
     out = fit(tmp_path, images, "ContrastiveModule", "{size: 16, width: 32, layers: 1}", "clip")
     vae = fit(tmp_path, images, "AutoencoderModule", "{channels: [16, 16]}", "vae") / "vae"
-    family = NewStableDiffusion(vae, (16, 16), (2, 2), text_encoder=out / "text_encoder", text_width=32)
+    family = NewStableDiffusion(vae, (16, 16), (2, 2), text_encoder=out / "text_encoder", text_width=32).build()
     state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = next(value for key, value in state.items() if key.endswith("token_embedding.weight"))
     assert torch.equal(family.text_encoder.get_input_embeddings().weight, trained)

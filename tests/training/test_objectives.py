@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loratune.diffusion import process
-from loratune.families.family import PREDICTION_KEY, ZERO_SNR_KEY
-from loratune.families.load import load_family
+from loratune.families.load import load_model
+from loratune.families.model import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.pixels import PixelDDPM
 from loratune.families.sampling import make_scheduler
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
@@ -29,7 +29,7 @@ from loratune.training.randomness import generator
 @pytest.fixture(scope="module")
 def module() -> DiffusionModule:
     torch.manual_seed(0)
-    return DiffusionModule(PixelDDPM(size=16, channels=(16, 16), attention_from=1, prediction="v"))
+    return DiffusionModule(architecture=PixelDDPM(size=16, channels=(16, 16), attention_from=1, prediction="v"))
 
 
 def losses(module: DiffusionModule, objective: Objective, **more: Tensor) -> Tensor:
@@ -149,22 +149,22 @@ def pixels(prediction: Any = "v") -> PixelDDPM:
 
 
 def test_zero_terminal_snr_rescales_the_schedule_for_the_loss_and_for_drawing() -> None:
-    plain, module = pixels(), DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True))
-    bars = module.family.noise_schedule.a.square()
+    plain, module = pixels(), DiffusionModule(architecture=pixels(), objective=Objective(zero_terminal_snr=True))
+    bars = module.model.noise_schedule.a.square()
     betas = process.rescale_zero_terminal_snr(process.linear_betas(1000))
     torch.testing.assert_close(bars, process.alpha_bars(betas).to(bars), rtol=1e-9, atol=1e-12)
-    assert bars[-1] == 0 < plain.noise_schedule.a[-1]
-    sampler = make_scheduler("ddim", module.family.scheduler_config)
+    assert bars[-1] == 0 < plain.build().noise_schedule.a[-1]
+    sampler = make_scheduler(module.model, "ddim")
     torch.testing.assert_close(sampler.alphas_cumprod, bars.float(), rtol=1e-5, atol=1e-6)
     sampler.set_timesteps(10)
     assert sampler.timesteps[0] == 999
-    again = DiffusionModule(module.family, objective=Objective(zero_terminal_snr=True))
-    assert torch.equal(again.family.noise_schedule.a.square(), bars)  # a schedule that ends in noise is left as it is
+    module.objective.prepare(module.model)
+    assert torch.equal(module.model.noise_schedule.a.square(), bars)  # a schedule that ends in noise is left as it is
 
 
 @pytest.mark.parametrize("set_to", [{"min_snr_gamma": 5.0}, {"debiased_estimation": True}])
 def test_weights_are_of_the_rescaled_schedule(set_to: dict[str, Any]) -> None:
-    module = DiffusionModule(pixels(), objective=Objective(zero_terminal_snr=True, **set_to))
+    module = DiffusionModule(architecture=pixels(), objective=Objective(zero_terminal_snr=True, **set_to))
     weighed = losses(module, module.objective)
     plain = losses(module, Objective())
     t = torch.tensor([0, 100, 300, 500, 800, 999])
@@ -173,25 +173,25 @@ def test_weights_are_of_the_rescaled_schedule(set_to: dict[str, Any]) -> None:
     snr = bars / (1 - bars)
     wanted = (snr.sqrt() if "debiased_estimation" in set_to else snr.clamp(max=5.0)) / (snr + 1)
     torch.testing.assert_close((weighed / plain).double(), wanted, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(weighed, losses(DiffusionModule(pixels()), module.objective))
+    assert not torch.allclose(weighed, losses(DiffusionModule(architecture=pixels()), module.objective))
 
 
 def test_another_prediction_is_the_targets_and_the_samplers() -> None:
     torch.manual_seed(0)
-    module = DiffusionModule(pixels("eps"), objective=Objective(prediction="v"))
+    module = DiffusionModule(architecture=pixels("eps"), objective=Objective(prediction="v"))
     torch.manual_seed(0)
-    same, kept = DiffusionModule(pixels("v")), DiffusionModule(pixels("eps"))
-    same.family.load_state_dict(module.family.state_dict())
-    kept.family.load_state_dict(module.family.state_dict())
+    same, kept = DiffusionModule(architecture=pixels("v")), DiffusionModule(architecture=pixels("eps"))
+    same.model.load_state_dict(module.model.state_dict())
+    kept.model.load_state_dict(module.model.state_dict())
     assert torch.equal(losses(module, Objective()), losses(same, Objective()))
     assert not torch.allclose(losses(module, Objective()), losses(kept, Objective()))
-    assert make_scheduler("ddim", module.family.scheduler_config).config.prediction_type == "v_prediction"
+    assert make_scheduler(module.model, "ddim").config.prediction_type == "v_prediction"
 
 
 def test_a_schedule_that_ends_in_noise_is_refused_for_eps() -> None:
     with pytest.raises(ValueError, match="prediction 'eps' learns nothing where zero_terminal_snr"):
-        DiffusionModule(pixels("eps"), objective=Objective(zero_terminal_snr=True))
-    DiffusionModule(pixels("eps"), objective=Objective(zero_terminal_snr=True, prediction="v"))
+        DiffusionModule(architecture=pixels("eps"), objective=Objective(zero_terminal_snr=True))
+    DiffusionModule(architecture=pixels("eps"), objective=Objective(zero_terminal_snr=True, prediction="v"))
 
 
 def test_what_makes_no_sense_for_a_base_is_refused_before_a_weight_is_read(
@@ -199,15 +199,14 @@ def test_what_makes_no_sense_for_a_base_is_refused_before_a_weight_is_read(
 ) -> None:
     import loratune.training.diffusion_module as read
 
-    monkeypatch.setattr(read, "load_family", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(read, "load_model", lambda *_, **__: pytest.fail("a weight was read"))
     with pytest.raises(ValueError, match="prediction 'eps' learns nothing"):
         LoRAModule(str(tiny_base), objective=Objective(prediction="eps"))  # its schedule ends in noise
 
 
 def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_path: Path) -> None:
-    base = load_family(str(tiny_sdxl))
-    assert base.prediction == "eps"
-    module = LoRAModule(base, objective=Objective(prediction="v", zero_terminal_snr=True))
+    assert load_model(str(tiny_sdxl)).prediction == "eps"
+    module = LoRAModule(str(tiny_sdxl), objective=Objective(prediction="v", zero_terminal_snr=True))
     told = sampling_facts(module.objective)
     assert told == {PREDICTION_KEY: "v", ZERO_SNR_KEY: "true", "ss_zero_terminal_snr": "True"}
     name = next(iter(module.layers()))
@@ -216,8 +215,8 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
     write_lora(tmp_path / "x.safetensors", LoRAFile({name: layer}, told))
     drawn = load_with(str(tiny_sdxl), [str(tmp_path / "x.safetensors")], "cpu")
     assert drawn.prediction == "v"
-    assert torch.equal(drawn.noise_schedule.a, module.family.noise_schedule.a)
-    assert drawn.scheduler_config == module.family.scheduler_config
+    assert torch.equal(drawn.noise_schedule.a, module.model.noise_schedule.a)
+    assert drawn.scheduler_config == module.model.scheduler_config
     module.objective = Objective()
     assert sampling_facts(module.objective) == {}
 
@@ -226,7 +225,7 @@ def test_a_file_says_how_it_is_drawn_and_drawing_follows(tiny_sdxl: Path, tmp_pa
 
 
 def test_training_draws_its_steps_from_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = DiffusionModule(pixels(), objective=Objective(timesteps=Timesteps(min=0.9)))
+    module: Any = DiffusionModule(architecture=pixels(), objective=Objective(timesteps=Timesteps(min=0.9)))
     drawn: list[Tensor] = []
 
     def kept(batch: Any, t: Tensor, *_: Any) -> Tensor:

@@ -223,7 +223,7 @@ def step_of(module: LoRAModule, device: str = "cpu") -> Any:
     """A training step of a module with a batch, as a trainer would call it."""
     module.to(device)
     with torch.no_grad():
-        condition = module.family.encode_prompts(["a red disc", "a blue disc"])
+        condition = module.model.encode_prompts(["a red disc", "a blue disc"])
     latents = {key: torch.zeros(2, 4, 8, 8, device=device) for key in ("mean", "logvar")}
     batch = {"name": ["a", "b"], "caption": ["a red disc", "a blue disc"], "condition": condition, **latents}
     optimizer = torch.optim.AdamW(module.trained_parameters())

@@ -15,13 +15,13 @@ def combine(
     to: Format | None = None,
     dtype: DType | None = None,
 ) -> None:
-    """Make one LoRA of several: sum w_i (alpha_i / r_i) B_i A_i, exactly (the ranks add up) or at --rank.
+    """Combine LoRAs into one: sum w_i (alpha_i / r_i) B_i A_i; lossless (the ranks add up), or approximated at --rank.
 
     Args:
-        lora: a LoRA file, or FILE:WEIGHT; repeat it. A weight may be negative.
+        lora: a LoRA file, or FILE:SCALE; repeat it. A scale may be negative.
         out: a .safetensors file.
         rank: of the result, by SVD, with the error printed; by default the sum of the ranks.
-        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default as the first LoRA.
+        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default the first LoRA's.
         dtype: of the tensors; by default the widest of the LoRAs'.
     """
     from loratune.lora.combine import combine as run

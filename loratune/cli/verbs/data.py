@@ -17,13 +17,14 @@ NAMED = 10
 
 
 def data(recipe: Path, /, *overrides: str, json: Path | None = None) -> int:
-    """Look at a recipe's images before training: counts, sizes, captions, and each fault by name.
+    """Check a recipe's images before training: counts, sizes, captions, and each fault by name.
 
-    Nothing is encoded or written but FILE. The exit code is 1 where something should be mended.
+    Nothing is encoded, and nothing but the --json FILE is written. The exit code is 1 where something should be mended.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.resolution 512.
-        json: a file that gets everything that was found.
+        recipe: whose images; its keys can be overridden, as in --data.resolution 512; --allow-code lets it
+            name classes of your own.
+        json: a file for the whole report, with every name.
     """
     from rich.progress import track
 

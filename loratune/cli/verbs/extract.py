@@ -17,14 +17,15 @@ def extract(
     to: Format = "peft",
     dtype: DType = "float16",
 ) -> None:
-    """Write the LoRA that turns one checkpoint into another: the nearest B A to W - W_0 of each layer.
+    """Extract a LoRA from a fine-tuned checkpoint: the nearest B A to W - W_0 of each layer, by SVD.
 
     Args:
-        base: the checkpoint before: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        tuned: the checkpoint after, of the same architecture; it may be a folder where the other is a file.
+        base: the original checkpoint: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
+        tuned: the fine-tuned checkpoint, of the same architecture; it may be a folder where the other is a file.
         out: a .safetensors file.
         rank: of every layer (less where a layer has less).
-        keep: or for each layer the smallest rank that keeps this share of its squared Frobenius norm, such as 0.95.
+        keep: instead of rank: the share of each layer's squared Frobenius norm that the smallest rank must keep, such
+            as 0.95.
         to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts).
         dtype: of the tensors.
     """

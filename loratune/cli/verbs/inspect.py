@@ -15,12 +15,12 @@ LISTED = 6  # items of a list in the table
 
 
 def inspect(file: Path, /, json: bool = False, diff: Path | None = None) -> None:
-    """Say what a .safetensors file is: a LoRA's kind, family, rank, norms and who reads it; a checkpoint's family.
+    """Describe a .safetensors file: a LoRA's type, rank, norms and the programs that load it; a checkpoint's family.
 
     Args:
         file: a LoRA or a checkpoint (or a diffusers folder).
         json: print JSON.
-        diff: another LoRA: print how both differ.
+        diff: another LoRA: print how the two differ.
     """
     from loratune.lora.inspect import compare, describe
 

@@ -32,13 +32,13 @@ def measure(
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
         what: vae, nearest or style.
-        data: captioned images: a folder, a .parquet file or a hub name; for style, the base's drawings.
-        lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        style: for style: the style's own images of the captions of `data`.
+        data: captioned images: a folder, a .parquet file or a hub name; for style, images of the base's own style.
+        lora: a LoRA file, or FILE:SCALE; repeat it to add several.
+        style: for style: the style's own images of the captions of --data.
         samples: how many images to measure.
         size: side in pixels.
-        steps: of the sampler.
-        guidance_scale: scale of classifier-free guidance.
+        steps: inference steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
         seed: of the samples and of the choice of images.
         out: also write the JSON here.
     """

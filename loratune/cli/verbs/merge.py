@@ -20,16 +20,17 @@ def merge(
     unmerge: bool = False,
     json: bool = False,
 ) -> None:
-    """Add LoRAs to a checkpoint: W' = W_0 + weight (alpha / r) B A, rounded once; the rest stays byte for byte.
+    """Merge LoRAs into a checkpoint: W' = W_0 + scale (alpha / r) B A, rounded once; the rest stays byte for byte.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        lora: a LoRA file, FILE:WEIGHT, or FILE:WEIGHT,down=1,mid=0.5,up.3=0,te=0.2 with ratios by block that are
-            multiplied with the weight (the longest fitting name counts); repeat it to add several.
+        lora: a LoRA file, FILE:SCALE, or FILE:SCALE,down=1,mid=0.5,up.3=0,te=0.2 with a factor for each block (the
+            longest matching name counts); repeat it to add several.
         out: a .safetensors file (U-Net, text encoders and VAE in one), or a folder in diffusers' layout.
         exact: compute in float64 instead of float32.
-        allow_partial: leave out the layers of a LoRA that the base lacks, instead of refusing it.
-        in_place: let --out be the base itself; it is replaced when the new one is whole.
+        allow_partial: leave out what is not read of a LoRA (norms, tokens, unknown keys) and the layers that the base
+            lacks or has in another shape, and name each, instead of refusing the LoRA.
+        in_place: allow --out to be the base itself; it is replaced once the new one is complete.
         unmerge: subtract the LoRAs, and say how far rounding leaves the result from the original base.
         json: print what was done as JSON.
     """
@@ -47,8 +48,10 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     if report["blocks"]:
         yield from _table(report)
     for lora in report["loras"]:
-        left = f", {len(lora['unmatched'])} not in the base" if lora["unmatched"] else ""
+        left = f", {len(lora['unmatched'])} left out" if lora["unmatched"] else ""
         yield f"{lora['file']}: {lora['matched']} of {lora['layers']} layers matched{left}"
+        yield from (f"  left out: {name}, which the base lacks or has in another shape" for name in lora["unmatched"])
+        yield from (f"  left out: {key!r}, which {reason}" for key, reason in lora["left out"].items())
     if report["unmerge"]:
         most, mean = report["differ at most"], report["differ expected"]
         share = _share(report["may differ"], report)

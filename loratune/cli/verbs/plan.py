@@ -24,14 +24,15 @@ def plan(
     steps_per_second: float | None = None,
     json: bool = False,
 ) -> None:
-    """Say what a recipe will need before it starts: parameters, memory by part, steps, images, time.
+    """Estimate what a recipe needs before it starts: parameters, memory by part, steps, images, time.
 
-    Nothing is trained and no weight is read; shapes alone are followed through one step.
+    Nothing is trained and no weight is read: one step is followed through shapes alone.
 
     Args:
-        recipe: what is to be trained; its keys can be overridden, as in --data.batch_size 2.
+        recipe: what to plan; its keys can be overridden, as in --data.batch_size 2; --allow-code lets it
+            name classes of your own.
         device: cpu, gpu, or a GPU's memory such as 24GB (10^9) or 23.5GiB (2^30), into which the run should fit.
-        run: also encode the images, and take true steps in each bucket here.
+        run: also encode the images and measure real steps in each bucket here.
         steps_per_second: of this recipe, where you know it; for the expected time.
         json: print JSON.
     """

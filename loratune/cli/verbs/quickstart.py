@@ -18,28 +18,31 @@ STEPS, GUIDANCE, SEED = 25, 4.0, 7
 
 
 def quickstart(
-    recipe: Path = Path("recipes/quickstart.yaml"), out: Path = Path("runs/quickstart"), weight: float = 0.75
+    *overrides: str,
+    recipe: Path = Path("recipes/quickstart.yaml"),
+    out: Path = Path("runs/quickstart"),
+    lora_scale: float = 0.75,
 ) -> None:
-    """Train the quickstart's LoRA, merge it, draw before and after, and measure: what `make demo` runs.
+    """Train the quickstart's LoRA, merge it, sample before and after, and measure: what `make demo` runs.
 
     The images are of captions that the LoRA never saw: the folders beside the recipe's data that end in
     -heldout, the style's own images and the base's.
 
     Args:
-        recipe: what to train.
+        recipe: what to train; its keys can be overridden, as in --trainer.max_steps 100.
         out: folder of the run; an earlier run there is replaced.
-        weight: how strongly the LoRA counts in the merged checkpoint and its images; less keeps more of the base.
+        lora_scale: LoRA scale in the merged checkpoint and its images; less keeps more of the base.
     """
     from loratune.recipe.reader import read_recipe
     from loratune.recipe.run import run
 
     started = time.perf_counter()
     _check_data(recipe, read_recipe(recipe))
-    overwrite = _overwrite(out)
-    cli = run(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(out), *overwrite])
+    words = ["--trainer.default_root_dir", str(out), *_overwrite(out), *overrides]
+    cli = run(["fit", "-c", str(recipe), *words])
     trained = time.perf_counter()
     numbers = _compare(
-        cli.model.base_name, Path(cli.datamodule.sources[0].path), cli.datamodule.resolution, out, weight
+        cli.model.base_name, Path(cli.datamodule.sources[0].path), cli.datamodule.resolution, out, lora_scale
     )
     finished = time.perf_counter()
     numbers["seconds"] = {"training": round(trained - started, 1), "all": round(finished - started, 1)}
@@ -76,7 +79,7 @@ def _overwrite(out: Path) -> list[str]:
     return []
 
 
-def _compare(base: str, data: Path, size: int, out: Path, weight: float) -> dict[str, Any]:
+def _compare(base: str, data: Path, size: int, out: Path, lora_scale: float) -> dict[str, Any]:
     """Merge the run's LoRA, sample before and after, and measure both."""
     import torch
 
@@ -87,14 +90,14 @@ def _compare(base: str, data: Path, size: int, out: Path, weight: float) -> dict
     from loratune.lora.merge.run import merge
 
     lora, merged = out / "lora.safetensors", out / "merged.safetensors"
-    merge(Request(Base.open(base), [Given(lora, weight)], merged))
+    merge(Request(Base.open(base), [Given(lora, lora_scale)], merged))
     styled, captions = read_images(f"{data}-heldout", size)
     reals, _ = read_images(str(data.parent / "noto-heldout"), size)
     sampling = Sampling(size, STEPS, GUIDANCE, SEED)
     before = draw_all(load_with(base, []), captions, sampling)
     after = draw_all(load_with(str(merged), []), captions, sampling)
     _before_after(before, after, captions, out / "before_after.png")
-    facts = {"lora_weight": weight, "lora_bytes": lora.stat().st_size, "threads": torch.get_num_threads()}
+    facts = {"lora_scale": lora_scale, "lora_bytes": lora.stat().st_size, "threads": torch.get_num_threads()}
     return style_numbers(before, after, reals, styled) | facts
 
 
@@ -121,7 +124,7 @@ def _text(out: Path, numbers: dict[str, Any]) -> str:
 Done in {numbers["seconds"]["all"]:.0f} s, of which {numbers["seconds"]["training"]:.0f} s were the training.
   {out}/before_after.png      the same captions, which the LoRA never saw, before and after
   {out}/lora.safetensors      the LoRA, {numbers["lora_bytes"] / 1e6:.2f} MB
-  {out}/merged.safetensors    U-Net, text encoder and VAE with it merged in, at weight {numbers["lora_weight"]:g}
+  {out}/merged.safetensors    U-Net, text encoder and VAE with it merged in, at LoRA scale {numbers["lora_scale"]:g}
   {out}/metrics.json          what was measured
   {out}/tensorboard           tensorboard --logdir {out}
 Mean colourfulness {style["before"]:.3f} -> {style["after"]:.3f}, {style["share_of_the_way"]:.0%} of the way to the \

@@ -17,15 +17,16 @@ def resize(
     to: Format | None = None,
     dtype: DType | None = None,
 ) -> None:
-    """Give a LoRA another rank: the nearest B A of each layer, by SVD, with the error printed.
+    """Change a LoRA's rank: the nearest B A of each layer, by SVD, with the error printed.
 
     Args:
         file: a LoRA in any format.
         out: a .safetensors file.
         rank: of every layer (less where a layer has less).
-        keep: or for each layer the smallest rank that keeps this share of its squared Frobenius norm, such as 0.95.
-        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default as the file.
-        dtype: of the tensors; by default as they are.
+        keep: instead of rank: the share of each layer's squared Frobenius norm that the smallest rank must keep, such
+            as 0.95.
+        to: peft (diffusers' own) or kohya (ComfyUI, A1111, sd-scripts); by default the file's.
+        dtype: of the tensors; by default the file's.
     """
     from loratune.lora.resize import resize as run
 

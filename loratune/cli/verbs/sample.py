@@ -12,8 +12,6 @@ from loratune.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from loratune.families.sd import StableDiffusion
-
 
 def sample(
     base: str,
@@ -23,36 +21,41 @@ def sample(
     out: Path = Path("samples"),
     steps: int = 25,
     guidance_scale: float = 4.0,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     seed: int = 0,
     count: int = 1,
     size: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
     embedding: list[Path] = [],  # noqa: B006
     chunks: int = 1,
-    weights: bool = False,
+    prompt_weighting: bool = False,
     captions: bool = False,
 ) -> None:
-    """Draw images: a PNG for each prompt and seed, and a grid of them all.
+    """Sample images: a PNG for each prompt and seed, and a grid of them all.
 
     Args:
         base: builtin:NAME, a diffusers folder, a .safetensors file, or a hub id.
-        lora: a LoRA file, or FILE:WEIGHT; repeat it to add several.
-        prompt: what to draw; repeat it for several images.
+        lora: a LoRA file, or FILE:SCALE; repeat it to add several.
+        prompt: what to sample; repeat it for several images.
         prompts: a text file with one prompt a line.
         out: folder for the images.
-        steps: of the sampler.
-        guidance_scale: scale of classifier-free guidance; 1 is none.
-        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc.
+        steps: inference steps of the sampler.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        sampler: ddim, ddpm, euler, euler-a, dpm++ or unipc; a flow-matching base has euler alone. By default the first
+            that its family has.
         seed: of the first image of each prompt; the same seed and prompt give the same image.
-        count: images for each prompt, from seed, seed + 1, and so on.
+        count: images of each prompt, from seed, seed + 1, and so on.
         size: side in pixels; by default the base's own.
-        batch_size: images drawn at once; above 1 the last bits of an image may depend on it.
+        height: in pixels, where it is unlike the width.
+        width: in pixels.
+        batch_size: images sampled at once; above 1 the last bits of an image may depend on it.
         device: auto, cpu, cuda, cuda:1, mps.
-        embedding: a file with a learned token (textual inversion), which prompts then may name; repeat it.
-        chunks: windows of 75 tokens that a prompt may fill.
-        weights: read (word:1.2) in prompts as a weight; brackets that are meant are then written \\( and \\).
+        embedding: a file with a learned token (textual inversion), which prompts may then use; repeat it.
+        chunks: chunks of 75 tokens that a prompt may fill.
+        prompt_weighting: read (word:1.2) in prompts as a prompt weight; write brackets that are meant as \\( and \\).
         captions: write the prompt beside each image (.txt), and no grid: a folder to train on.
     """
     for key, value in (("steps", steps), ("count", count), ("batch-size", batch_size)):
@@ -69,33 +72,29 @@ def sample(
     from loratune.lora.load import load_with
 
     try:
-        reading = Prompts(chunks, weights)
+        reading = Prompts(chunks, prompt_weighting)
     except ValueError as error:
         raise UserError(f"--{str(error).removeprefix('prompts.')}") from None
-    for text in every if weights else ():
+    for text in every if prompt_weighting else ():
         parse_weights(text)
-    family = load_with(base, lora, device, embedding)
-    family.prompts = reading
-    make_scheduler(sampler, family.scheduler_config)
+    model = load_with(base, lora, device, embedding)
+    model.prompts = reading
+    make_scheduler(model, sampler)
     _writable(out)
     pairs = [(text, seed + number) for text in every for number in range(count)]
-    side = size or own_size(family)
+    own = model.image_size()
+    high, wide = height or size or own[0], width or size or own[1]
     images: list[Image] = []
     parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for part in track(parts, description="sampling", transient=True):
         texts, seeds = [text for text, _ in part], [number for _, number in part]
         images.extend(
-            map(to_image, sample_images(family, texts, seeds, side, side, steps, guidance_scale, sampler).cpu())
+            map(to_image, sample_images(model, texts, seeds, high, wide, steps, guidance_scale, sampler).cpu())
         )
     _save(images, pairs, out, captions)
     if not captions:
-        _save_grid(images, every, seed, out / "grid.png", max(128, side))
+        _save_grid(images, every, seed, out / "grid.png", max(128, high, wide))
     say(f"{len(images)} images and {'their captions' if captions else 'grid.png'} are in {out}")
-
-
-def own_size(family: StableDiffusion) -> int:
-    """The side of the images a base was made for, in pixels."""
-    return int(family.network.config["sample_size"] * 2 ** (len(family.vae.config["block_out_channels"]) - 1))
 
 
 def _lines(path: Path) -> list[str]:

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import UserError
 from loratune.families.base import Base
+from loratune.families.blocks import block_of, depth_of, widest, within
 
-# The beginnings of canonical names, and what the command line calls them.
-SHORT = {
-    "unet.down_blocks.": "down.",
-    "unet.mid_block.": "mid.",
-    "unet.up_blocks.": "up.",
-    "text_encoder.": "te1.",
-    "text_encoder_2.": "te2.",
-}
-# Blocks that hold others.
-WIDER = {"te1": "te", "te2": "te", "down": "unet", "mid": "unet", "up": "unet"}
 BLOCK = re.compile(r"([A-Za-z][\w.]*)=([^:=,/]*)")
-# Where a layer's name ends in a LoRA file's key.
-ENDS = re.compile(r"\.(lora[_.]|alpha$|hada_|lokr_|dora_scale|processor\.|oft_|diff)")
-BEGINNINGS = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "text_encoder_2_", "text_encoder_", "unet_")
 
 
 @dataclass(frozen=True)
@@ -45,36 +33,11 @@ class Given:
     def weight_of(self, name: str) -> float:
         """The weight of the layer of a canonical name: by the longest block that has it."""
         fitting = [block for block in self.blocks if within(name, block)]
-        return self.weight * (self.blocks[max(fitting, key=_depth)] if fitting else 1.0)
+        return self.weight * (self.blocks[max(fitting, key=depth_of)] if fitting else 1.0)
 
     def told(self) -> list[object]:
         """As the merged file's metadata has it."""
         return [str(self.path), self.weight, *([dict(self.blocks)] if self.blocks else [])]
-
-
-def short(name: str) -> str:
-    """A canonical name as blocks are called: `unet.down_blocks.1.attentions.0...` is `down.1.attentions.0...`."""
-    for beginning, called in SHORT.items():
-        if name.startswith(beginning):
-            return called + name.removeprefix(beginning)
-    return name
-
-
-def block_of(name: str) -> str:
-    """The block that a layer is counted with: down.N, mid, up.N, unet for what lies outside them, te1 or te2."""
-    first, second = short(name).split(".")[:2]
-    return f"{first}.{second}" if first in ("down", "up") else first
-
-
-def within(name: str, block: str) -> bool:
-    """Whether a layer lies in a block: down, mid, up, down.1.attentions.0, unet, te1, te2, or te for both."""
-    called = short(name)
-    wider = WIDER.get(called.split(".")[0])
-    return block == wider or f"{called}.".startswith(f"{block}.")
-
-
-def _depth(block: str) -> tuple[bool, int]:
-    return block not in WIDER.values(), block.count(".")
 
 
 def parse(text: str) -> Given:
@@ -88,8 +51,10 @@ def parse(text: str) -> Given:
     if not path.exists() and ":" in head:
         name, _, number = head.rpartition(":")
         path, weight = Path(name), _number(text, number, f"write FILE:WEIGHT, such as {name}:0.8")
-    if path.suffix not in (".safetensors", "") and path.exists():
-        raise UserError(f"{path}: only .safetensors files are loaded; this may be a pickle, which can run any code")
+    if path.suffix.lower() not in (".safetensors", "") and path.exists():
+        raise UserError(
+            f"{path}: its name ends in {path.suffix}; only .safetensors files are loaded, so save it as one"
+        )
     return Given(path, weight, blocks)
 
 
@@ -133,31 +98,8 @@ def check_blocks(given: Given, names: Collection[str]) -> None:
     for block in given.blocks:
         if not any(within(name, block) for name in names):
             known = sorted({block_of(name) for name in names})
-            told = f"there are te, unet, down, up, {', '.join(known)} and what lies in them"
+            told = f"there are {', '.join([*widest(), *known])} and what lies in them"
             raise UserError(f"--lora {given.path}: the base has no block {block!r}; {told}")
-
-
-def mentioned(keys: Iterable[str], names: Mapping[str, str]) -> set[str]:
-    """The layers that a LoRA file's keys seem to be for: a guess from their spelling, for what is copied first.
-
-    Args:
-        keys: of the LoRA file.
-        names: other name (the original layout's, or the same) by canonical name of the base's layers.
-
-    Returns:
-        Canonical names; all of them where a key is of no layer.
-    """
-    table: dict[str, set[str]] = {}
-    for name, other in names.items():
-        for called in (name.partition(".")[2], other):
-            table.setdefault(called.replace(".", "_"), set()).add(name)
-    found: set[str] = set()
-    for stem in {ENDS.split(key)[0].replace(".", "_") for key in keys}:
-        start = next((start for start in BEGINNINGS if stem.startswith(start)), "")
-        if (plain := stem.removeprefix(start)) not in table:
-            return set(names)
-        found |= table[plain]
-    return found
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from torch import Tensor
 from loratune.cli.verbs.merge import merge
 from loratune.errors import UserError
 from loratune.families.base_configs import CONFIGS_KEY
-from loratune.families.family import Family
-from loratune.families.load import load_family
+from loratune.families.load import load_model
+from loratune.families.model import Model
 from loratune.formats.headers import read_header
-from loratune.lora.file import LoRAFile, write_lora
+from loratune.lora.file import LoRAFile, on_torch, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
-from loratune.lora.merge.memory import added, merge_into, parse_weighted
+from loratune.lora.merge.memory import add, merge_into, parse_weighted
 from loratune.lora.merge.run import MERGES_KEY
 from loratune.training.lora_module import LoRAModule
 
@@ -31,7 +31,7 @@ QUICK = settings(max_examples=60, deadline=None)
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 
 
-def predictions(family: Family) -> Tensor:
+def predictions(family: Model) -> Tensor:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         told = family.eval().encode_prompts(["a red disc", "a blue disc"])
@@ -42,7 +42,7 @@ def adapted(base: Path, seed: int, targets: str = "cross-attention", text: bool 
     """The base with a LoRA whose B is random, large enough to be seen."""
     torch.manual_seed(seed)
     module = LoRAModule(str(base), LoRA(rank=3, alpha=2, targets=targets, text_encoder=text)).eval()
-    for layer in adapted_layers(module.family).values():
+    for layer in adapted_layers(module.model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
     return module
 
@@ -96,13 +96,13 @@ def left(folder: Path) -> list[str]:
     ("source", "target"), [("folder", "file"), ("folder", "folder"), ("file", "file"), ("file", "folder")]
 )
 def test_merged_predicts_what_adapted_does(made: Made, tmp_path: Path, name: str, source: str, target: str) -> None:
-    wanted = predictions(made.modules[name].family)
+    wanted = predictions(made.modules[name].model)
     out = out_of(target, tmp_path)
     merge(str(made.base(source)), [str(made.files[name])], out)
     assert left(tmp_path) == [out.name]
-    found = predictions(load_family(str(out)))
+    found = predictions(load_model(str(out)))
     assert (found - wanted).abs().max() < 1e-5
-    assert (found - predictions(load_family(str(made.folder_base)))).abs().max() > 1e-3
+    assert (found - predictions(load_model(str(made.folder_base)))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
@@ -110,9 +110,9 @@ def test_a_text_encoders_lora_changes_what_text_means(made: Made, tmp_path: Path
     out = out_of(source, tmp_path)
     merge(str(made.base(source)), [str(made.files["one"])], out)
     with torch.no_grad():
-        wanted = made.modules["one"].family.encode_prompts(["a red disc"])["text"]
-        found = load_family(str(out)).eval().encode_prompts(["a red disc"])["text"]
-        plain = load_family(str(made.folder_base)).eval().encode_prompts(["a red disc"])["text"]
+        wanted = made.modules["one"].model.encode_prompts(["a red disc"])["text"]
+        found = load_model(str(out)).eval().encode_prompts(["a red disc"])["text"]
+        plain = load_model(str(made.folder_base)).eval().encode_prompts(["a red disc"])["text"]
     assert (found - wanted).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-3
 
@@ -121,29 +121,29 @@ def test_a_text_encoders_lora_changes_what_text_means(made: Made, tmp_path: Path
 def test_the_verbs_add_in_memory_what_they_write(made: Made, tmp_path: Path, format: str) -> None:
     file = tmp_path / "lora.safetensors"
     write_lora(file, LoRAFile(made.modules["two"].layers()), format)  # type: ignore[arg-type]
-    wanted = predictions(made.modules["two"].family)
+    wanted = predictions(made.modules["two"].model)
     assert (predictions(load_with(str(made.folder_base), [str(file)], "cpu")) - wanted).abs().max() < 1e-5
     merge(str(made.file_base), [str(file)], tmp_path / "merged.safetensors")
-    assert (predictions(load_family(str(tmp_path / "merged.safetensors"))) - wanted).abs().max() < 1e-5
+    assert (predictions(load_model(str(tmp_path / "merged.safetensors"))) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("weight", [0.5, -0.7, 2.0])
 def test_weights_scale(made: Made, tmp_path: Path, weight: float) -> None:
     module = made.modules["two"]
-    switch([module.family], weight)
-    wanted = predictions(module.family)
-    switch([module.family], 1.0)
+    switch([module.model], weight)
+    wanted = predictions(module.model)
+    switch([module.model], 1.0)
     for kind in ("folder", "file"):
         merge(str(made.base(kind)), [f"{made.files['two']}:{weight}"], out_of(kind, tmp_path))
-        assert (predictions(load_family(str(out_of(kind, tmp_path)))) - wanted).abs().max() < 1e-5
+        assert (predictions(load_model(str(out_of(kind, tmp_path)))) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_two_loras_add(made: Made, tmp_path: Path, source: str) -> None:
     both = [f"{made.files['one']}:0.5", f"{made.files['two']}:-1.5"]
     merge(str(made.base(source)), both, out_of(source, tmp_path))
-    found = load_family(str(out_of(source, tmp_path)))
-    base = load_family(str(made.folder_base))
+    found = load_model(str(out_of(source, tmp_path)))
+    base = load_model(str(made.folder_base))
     layers = [(0.5, made.modules["one"].layers()), (-1.5, made.modules["two"].layers())]
     before, after = dict(base.network.named_parameters()), dict(found.network.named_parameters())
     for key, w in before.items():
@@ -156,14 +156,14 @@ def test_two_loras_add(made: Made, tmp_path: Path, source: str) -> None:
         assert torch.allclose(after[key].detach().double(), wanted, atol=1e-6), key
     reversed_out = tmp_path / ("reversed" if source == "folder" else "reversed.safetensors")
     merge(str(made.base(source)), both[::-1], reversed_out)
-    assert (predictions(load_family(str(reversed_out))) - predictions(found)).abs().max() < 1e-5
+    assert (predictions(load_model(str(reversed_out))) - predictions(found)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_a_lora_and_its_negative_are_the_base(made: Made, tmp_path: Path, source: str) -> None:
     merge(str(made.base(source)), [f"{made.files['one']}:1", f"{made.files['one']}:-1"], out_of(source, tmp_path))
-    found = predictions(load_family(str(out_of(source, tmp_path))))
-    assert (found - predictions(load_family(str(made.folder_base)))).abs().max() < 1e-5
+    found = predictions(load_model(str(out_of(source, tmp_path))))
+    assert (found - predictions(load_model(str(made.folder_base)))).abs().max() < 1e-5
 
 
 # Nothing else has changed.
@@ -266,7 +266,7 @@ def test_a_lora_of_another_base_is_refused(made: Made, tmp_path: Path, kind: str
     with pytest.raises(UserError) as error:
         merge(str(made.base(source)), [str(made.files["one"]), str(lora)], out_of(target, out))
     told = str(error.value)
-    assert told.startswith(f"{lora}: made for another base")
+    assert told.startswith(f"{lora}: does not fit this base: ")
     assert "attn2.to_q" in told
     if kind == "shape":
         assert "[16, 24]" in told
@@ -275,10 +275,10 @@ def test_a_lora_of_another_base_is_refused(made: Made, tmp_path: Path, kind: str
 
 
 def test_a_base_in_memory_refuses_it_too_and_stays(made: Made, tmp_path: Path) -> None:
-    family = load_family(str(made.folder_base))
+    family = load_model(str(made.folder_base))
     before = predictions(family)
     loras = [parse_weighted(str(made.files["one"])), parse_weighted(str(strange(tmp_path / "s.safetensors", "shape")))]
-    with pytest.raises(UserError, match="made for another base"):
+    with pytest.raises(UserError, match="does not fit this base"):
         merge_into(family.components(), loras)
     assert torch.equal(predictions(family), before)
 
@@ -320,7 +320,7 @@ def test_nothing_to_add_is_an_error(made: Made, tmp_path: Path) -> None:
 def test_a_file_and_its_weight(made: Made, suffix: str, weight: float) -> None:
     found = parse_weighted(f"{made.files['one']}{suffix}")
     assert (found.path, found.weight) == (made.files["one"], weight)
-    assert found.file.layers == made.modules["one"].layers()
+    assert {name: on_torch(layer) for name, layer in found.file.layers.items()} == made.modules["one"].layers()
 
 
 @QUICK
@@ -357,7 +357,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, suffix: str) -> None:
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "lora.pt").write_bytes(b"a pickle")
-    with pytest.raises(UserError, match=r"lora\.pt: only \.safetensors files are loaded"):
+    with pytest.raises(UserError, match=r"lora\.pt: its name ends in \.pt; only \.safetensors files are loaded"):
         parse_weighted(f"{tmp_path / 'lora.pt'}:0.5")
 
 
@@ -381,14 +381,18 @@ def test_the_sum_is_rounded_once(seed: int, weights: list[float], kind: str) -> 
     for weight, layer in terms:
         product = torch.einsum("or,ri...->oi...", layer.up.double().reshape(5, 2), layer.down.double())
         wanted = wanted + weight * 1.5 * product.reshape(shape)
-    kept = w.clone()
-    assert torch.allclose(added(w, terms).double(), wanted, atol=1e-5)
+
+    def added(values: torch.Tensor) -> torch.Tensor:
+        new = values.clone()
+        add(new, terms)
+        return new
+
+    assert torch.allclose(added(w).double(), wanted, atol=1e-5)
     for dtype in (torch.float16, torch.bfloat16):
         rounded = w.to(dtype)
-        found = added(rounded, terms)
+        found = added(rounded)
         assert (found.dtype, found.shape) == (dtype, w.shape)
-        assert torch.equal(found, added(rounded.float(), terms).to(dtype))
-    assert torch.equal(w, kept)
+        assert torch.equal(found, added(rounded.float()).to(dtype))
 
 
 # diffusers.
@@ -402,7 +406,7 @@ def test_diffusers_loads_a_merged_single_file(made: Made, tmp_path: Path) -> Non
     pipeline: Any = diffusers.StableDiffusionPipeline.from_single_file(  # type: ignore[no-untyped-call]
         out, config=str(made.folder_base), local_files_only=True, safety_checker=None
     )
-    family = load_family(str(out))
+    family = load_model(str(out))
     for name, part in family.components().items():
         theirs = getattr(pipeline, name).state_dict()
         assert part.state_dict().keys() == theirs.keys()
