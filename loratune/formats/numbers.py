@@ -5,6 +5,8 @@ numpy knows no bfloat16 and converts float16 one number at a time; here both are
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,8 @@ FLOATS = {
 }
 NATIVE = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 BY_TORCH = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+INTEGERS = {"BOOL": np.bool_, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32}
+INTEGERS |= {"U32": np.uint32, "I64": np.int64, "U64": np.uint64}
 TWO_TO_112 = np.float32(2.0**112)  # float32's exponents begin that much lower than float16's
 
 
@@ -144,3 +148,49 @@ def spacing(values: Array, dtype: str) -> NDArray[np.float64]:
     exponent = np.frexp(values.astype(np.float64))[1] - 1
     exponent[values == 0] = FLOATS[dtype].smallest
     return np.ldexp(FLOATS[dtype].eps, np.maximum(exponent, FLOATS[dtype].smallest))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file, perhaps mapped.
+
+    Args:
+        raw: its bytes, one piece.
+        dtype: as safetensors names it.
+        shape: of the tensor.
+    """
+
+    raw: Bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any, dtype: str) -> Stored:
+        """A torch tensor on the CPU, whose memory is shared where it lies in one piece."""
+        import torch
+
+        return cls(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), dtype, tuple(tensor.shape))
+
+    def wide(self, kind: Any) -> Array:
+        """Its numbers, in its shape, as numpy's float32 or float64."""
+        return widened(self.raw, self.dtype, kind).reshape(self.shape)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its values are finite numbers; its dtype is one of FLOATS."""
+        return bool(np.isfinite(self.wide(np.float64 if self.dtype == "F64" else np.float32)).all())
+
+    @property
+    def number(self) -> float:
+        """The one number that it holds.
+
+        Raises:
+            ValueError: it holds none, or more, or a complex one.
+        """
+        if math.prod(self.shape) != 1:
+            raise ValueError(f"has shape {self.shape}; it must be one number")
+        if self.dtype in FLOATS:
+            return float(self.wide(np.float64).item())
+        if self.dtype not in INTEGERS:
+            raise ValueError(f"is {self.dtype}; it must be a real number")
+        return float(self.raw.view(INTEGERS[self.dtype]).item())

@@ -13,23 +13,11 @@ import torch
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank, Product
 
 OVERSAMPLING = 10  # columns that the randomized SVD draws beyond the rank (Halko 2011, section 1.3)
 POWER_ITERATIONS = 4
 LARGEST = 1 << 28  # elements of a matrix that is formed whole; SDXL's largest layer has 2^25
-
-
-class Product(NamedTuple):
-    """The matrix B A of (m, n): `b` is (m, r), `a` is (r, n)."""
-
-    b: Tensor
-    a: Tensor
-
-    @property
-    def rank(self) -> int:
-        """r; the matrix' own rank may be less."""
-        return self.b.shape[1]
 
 
 class SVD(NamedTuple):
@@ -109,84 +97,28 @@ def spectrum(layer: LowRank, dtype: torch.dtype = torch.float64) -> Tensor:
 
     Those of a Kronecker product are all products of those of its factors.
     """
-    if not isinstance(layer, LoKrLayer):
+    if not (sides := layer.kronecker(dtype)):
         return singular_values(factors(layer, dtype))
-    one, two = (singular_values(side) for side in _kronecker_sides(layer, dtype))
-    return abs(layer.scale) * torch.outer(one, two).flatten().sort(descending=True).values
-
-
-def whole(matrix: Tensor) -> Product:
-    """A matrix as a product of itself and the identity, on its shorter side."""
-    eye = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
-    return Product(eye, matrix) if matrix.shape[0] <= matrix.shape[1] else Product(matrix, eye)
+    values = singular_values(sides[0])
+    for one in sides[1:]:
+        values = torch.outer(values, singular_values(one)).flatten()
+    return values.sort(descending=True).values
 
 
 def factors(layer: LowRank, dtype: torch.dtype = torch.float64) -> Product:
     """What a layer adds, without DoRA's magnitude, as B A with the scale in B; B A is (out, in k k).
 
-    The products of LoHa and LoKr have rank r_1 r_2 at most, and factors of their own; where these are no smaller than
-    the matrix, the matrix itself is taken.
+    Where a kind's own factors are no smaller than the matrix, the matrix itself is taken.
+
+    Raises:
+        UserError: that is larger than any base's.
     """
-    if isinstance(layer, LoRALayer):
-        sides = _side(layer.up.to(dtype).flatten(1), layer.down.to(dtype), layer.mid, dtype)
-    elif isinstance(layer, LoHaLayer):
-        sides = _loha(layer, dtype)
-    elif isinstance(layer, LoKrLayer):
-        sides = _lokr(layer, dtype)
-    else:
-        raise TypeError(f"there are no factors of {type(layer).__name__}")
-    return sides._replace(b=sides.b * layer.scale)
-
-
-def _side(b: Tensor, a: Tensor, mid: Tensor | None, dtype: torch.dtype) -> Product:
-    """B A, with the kernel of a Tucker-decomposed convolution folded into A."""
-    if mid is None:
-        return Product(b, a.flatten(1))
-    return Product(b, torch.einsum("ijkl,jn->inkl", mid.to(dtype), a.flatten(1)).flatten(1))
-
-
-def _loha(layer: LoHaLayer, dtype: torch.dtype) -> Product:
-    """(B_1 A_1) * (B_2 A_2) elementwise: the columns of B are all products b_1i * b_2j, the rows of A alike."""
-    one, two = (
-        _side((a.T if t is not None else a).to(dtype), b.to(dtype), t, dtype)
-        for a, b, t in ((layer.w1_a, layer.w1_b, layer.t1), (layer.w2_a, layer.w2_b, layer.t2))
-    )
-    if one.rank * two.rank >= min(layer.flat_shape):
-        _check_size(layer)
-        return whole((one.b @ one.a) * (two.b @ two.a))
-    b = (one.b[:, :, None] * two.b[:, None, :]).flatten(1)
-    return Product(b, (one.a[:, None] * two.a[None]).flatten(0, 1))
-
-
-def _lokr(layer: LoKrLayer, dtype: torch.dtype) -> Product:
-    """w_1 (x) w_2 = (B_1 (x) B_2) (A_1 (x) A_2), for Kronecker's product keeps products."""
-    one, two = _kronecker_sides(layer, dtype)
-    if one.rank * two.rank >= min(layer.flat_shape):
-        _check_size(layer)
-        return whole(torch.kron(one.b @ one.a, two.b @ two.a))
-    b, a = (torch.kron(left.contiguous(), right.contiguous()) for left, right in zip(one, two, strict=True))
-    return Product(b, a)
-
-
-def _check_size(layer: LowRank) -> None:
+    if (own := layer.factors(dtype)) is not None:
+        return own
     outer, inner = layer.flat_shape
     if outer * inner > LARGEST:
         raise UserError(f"a {layer.kind} layer stands for a matrix of {outer} x {inner}; no base has such a layer")
-
-
-def _kronecker_sides(layer: LoKrLayer, dtype: torch.dtype) -> tuple[Product, Product]:
-    one = _kronecker_side(layer.w1, layer.w1_a, layer.w1_b, None, dtype)
-    return one, _kronecker_side(layer.w2, layer.w2_a, layer.w2_b, layer.t2, dtype)
-
-
-def _kronecker_side(
-    w: Tensor | None, a: Tensor | None, b: Tensor | None, t: Tensor | None, dtype: torch.dtype
-) -> Product:
-    if w is not None:
-        return whole(w.to(dtype).flatten(1))
-    if a is None or b is None:
-        raise ValueError("a factor is missing")
-    return _side((a.T if t is not None else a).to(dtype), b.to(dtype), t, dtype)
+    return Product.of(layer.matrix(dtype))
 
 
 def randomized_svd(matrix: Tensor, rank: int, seed: int = 0) -> SVD:

@@ -10,14 +10,14 @@ import torch
 
 from loratune.errors import UserError
 from loratune.families.layouts import Shape
-from loratune.lora.algebra import Product, concatenate, factors, svd
+from loratune.lora.algebra import concatenate, factors, svd
 from loratune.lora.file import LoRAFile
-from loratune.lora.layers import LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank, Product
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.merge.request import Given, check_blocks
 from loratune.lora.progress import shown
 from loratune.lora.reading import (
     Errors,
-    Format,
     Source,
     check_only_rank,
     check_out,
@@ -35,7 +35,7 @@ from loratune.lora.reading import (
 Terms = Iterable[tuple[str, Sequence[tuple[float, Product]]]]
 
 
-def combine(given: Sequence[Given], out: Path, rank: int | None, to: Format | None, dtype: str | None) -> str:
+def combine(given: Sequence[Given], out: Path, rank: int | None, to: str | None, dtype: str | None) -> str:
     """Write the weighted sum of LoRAs as one; returns a line that says how far the rounding, or `rank`, puts it off.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loratune.errors import UserError
 from loratune.lora.algebra import distance, effective_rank, factors, inner, norm, spectrum
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 
 Layers = Mapping[str, LowRank]
 

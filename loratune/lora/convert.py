@@ -10,12 +10,12 @@ import torch
 from loratune.errors import UserError
 from loratune.lora.algebra import factors, svd
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.progress import shown
 from loratune.lora.reading import (
     DTYPES,
     Errors,
-    Format,
     Source,
     check_only_rank,
     check_out,
@@ -31,7 +31,7 @@ from loratune.lora.reading import (
 )
 
 
-def convert(file: Path, to: Format, out: Path, dtype: str | None, rank: int | None) -> str:
+def convert(file: Path, to: str, out: Path, dtype: str | None, rank: int | None) -> str:
     """Write a LoRA in another format; returns a line that says whether it is the same or how far it is off.
 
     Raises:

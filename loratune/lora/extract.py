@@ -14,16 +14,17 @@ from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.layouts import Shape
 from loratune.lora.algebra import SVD, randomized_svd
-from loratune.lora.file import LoRAFile, standard_metadata
-from loratune.lora.layers import LoRALayer
+from loratune.lora.file import LoRAFile
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.metadata import standard_metadata
 from loratune.lora.progress import shown
-from loratune.lora.reading import DTYPES, Errors, Format, check_out, check_rank, kept_rank, truncated, write
+from loratune.lora.reading import DTYPES, Errors, check_out, check_rank, kept_rank, truncated, write
 
 FIRST_RANK = 16  # how many singular values are asked for first where --keep tells how many are needed
 NAMED = 3  # of what cannot be held, in the message
 
 
-def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: Format, dtype: str) -> str:
+def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | None, to: str, dtype: str) -> str:
     """Write the LoRA from one checkpoint to another; returns lines that say how much of the difference it holds.
 
     Raises:

@@ -1,40 +1,40 @@
-"""LoRA files: the layers in memory, read in every format of `lora_names.TABLES`, written in peft's and kohya's."""
+"""LoRA files: layers read in every format of `tables.known`, by numpy or as torch's tensors, and written.
+
+Importable without torch, so that a merge needs none.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loratune.errors import UserError
-from loratune.formats.files import data_hash, read_header, read_tensors, write_safetensors
-from loratune.lora.keys import LayerKeys, describe_keys
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
-from loratune.lora.metadata import (
-    ADAPTER_METADATA,
-    PADDING_KEY,
-    PEFT_NAMED,
-    padded_layers,
-    standard_metadata,
-    stored_alpha,
-)
-from loratune.lora.names import COMPONENTS, detect_format
-from loratune.lora.write import kohya_tensors, peft_tensors, refuse_not_finite
+from loratune.formats.headers import Header, read_header
+from loratune.formats.numbers import FLOATS, Stored
+from loratune.lora.keys import Described, LayerKeys, describe_keys
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.names import COMPONENTS
+from loratune.lora.tables.known import TABLES
+from loratune.lora.tables.peft import METADATA
+from loratune.lora.tables.table import ALPHA, PADDING_KEY, Place
 
-__all__ = ["Format", "LoRAFile", "detect_format", "read_lora", "standard_metadata", "write_lora"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
-Format = Literal["peft", "kohya"]
+
 # Metadata of the file as it is, not of the LoRA: hashes of its bytes are true of no other file.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-OURS = (ADAPTER_METADATA, PADDING_KEY, "format", *HASHES)
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (LoRALayer, LoHaLayer, LoKrLayer)}
+OURS = (METADATA, PADDING_KEY, "format", *HASHES)
 
 
 @dataclass
@@ -47,14 +47,16 @@ class LoRAFile:
             `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`.
         metadata: the file's free text, without what belongs to the format or to the file's very bytes.
         tokens: learned tokens that came with it, (vectors, width) by name.
+        left_out: keys that are not read, and why; where that was allowed.
     """
 
     layers: Mapping[str, LowRank]
     metadata: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def write_lora(path: Path | str, lora: LoRAFile, format: Format = "peft", dtype: torch.dtype | None = None) -> None:
+def write_lora(path: Path | str, lora: LoRAFile, format: str = "peft", dtype: torch.dtype | None = None) -> None:
     """Write a LoRA, whole or not at all; learned tokens each into a file of its own beside it.
 
     Args:
@@ -67,6 +69,9 @@ def write_lora(path: Path | str, lora: LoRAFile, format: Format = "peft", dtype:
     Raises:
         UserError: a value is not finite (in that dtype), or the format cannot hold it exactly.
     """
+    from loratune.formats.files import data_hash, write_safetensors
+    from loratune.lora.write import refuse_not_finite
+
     if not lora.layers:
         raise UserError(f"{path}: there is no layer to write; nothing was adapted")
     layers = dict(sorted(lora.layers.items()))
@@ -74,20 +79,15 @@ def write_lora(path: Path | str, lora: LoRAFile, format: Format = "peft", dtype:
         raise ValueError(f"the layer {unknown[0]!r} must begin with one of {COMPONENTS}")
     own = {key: value for key, value in lora.metadata.items() if key not in OURS}
     try:
-        written = kohya_tensors(layers, own, dtype) if format == "kohya" else peft_tensors(layers, dtype)
+        tensors, needed = TABLES[format].write(layers, own, dtype)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    tensors, told = written
     refuse_not_finite(path, layers, tensors)
     for token, vectors in lora.tokens.items():
         write_safetensors(token_path(path, token), {token: vectors}, {"format": "pt"})
-    write_safetensors(path, tensors, {**own, **told, **_hashes(tensors), "format": "pt"})
-
-
-def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The hash of the data section, as Stability's modelspec and sd-scripts write it."""
-    digest = data_hash(tensors)
-    return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    digest = data_hash(tensors)  # as Stability's modelspec and sd-scripts write it
+    hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    write_safetensors(path, tensors, {**own, **needed, **hashes, "format": "pt"})
 
 
 def token_path(path: Path | str, token: str) -> Path:
@@ -97,82 +97,152 @@ def token_path(path: Path | str, token: str) -> Path:
 
 
 def read_lora(path: Path | str, names: Iterable[str] = (), check_finite: bool = True) -> LoRAFile:
-    """Read a LoRA in any format of `lora_names.TABLES`.
+    """As `read_layers`, with torch's tensors, which are the file's own to the bit."""
+    lora = read_layers(path, names, check_finite)
+    layers = {name: on_torch(layer) for name, layer in lora.layers.items()}
+    return replace(lora, layers=layers)
 
-    Learned tokens in it are kept apart (`LoRAFile.tokens`) and told in a warning.
+
+def on_torch(layer: LowRank) -> LowRank:
+    """A layer with torch's tensors for those in a file."""
+    tensors = {name: _tensor(value) for name, value in layer.tensors().items()}
+    return replace(layer, **tensors)  # type: ignore[type-var]
+
+
+def _tensor(stored: Stored) -> Tensor:
+    import torch
+
+    from loratune.formats.files import DTYPES
+
+    return torch.from_numpy(np.array(stored.raw)).view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def read_layers(
+    path: Path | str, names: Iterable[str] = (), check_finite: bool = True, partial: bool = False
+) -> LoRAFile:
+    """Read a LoRA in any format of `tables.known`; its tensors stay where they lie, mapped.
+
+    Learned tokens in it are kept apart (`LoRAFile.tokens`) and named in a warning.
 
     Args:
         path: of the file.
         names: canonical names, with component, of an architecture's layers that is not known here; kohya's
             names cannot be read back without them.
         check_finite: whether values that are not finite are an error.
+        partial: leave out what is not read (`LoRAFile.left_out`) where there are other layers.
 
     Raises:
         UserError: the file cannot be read, is of another kind (named), has a key that does not map, lacks
             one of a pair, or holds values that are not finite.
     """
+    path = Path(path)
     header = read_header(path)
     described = describe_keys(header, names)
-    for key, reason in described.unmapped.items():
-        raise UserError(f"{path}: {key!r} {reason}")
-    tensors = read_tensors(path)
-    for key, tensor in tensors.items():
+    refuse_unread(path, described, partial)
+    keys = [key for layer in described.layers.values() for key in layer.keys.values()]
+    stored = mapped(path, header, [*keys, *described.tokens])
+    for key, tensor in stored.items():
         _check_values(path, key, tensor, check_finite)
-    layers = {
-        name: _layer(path, name, keys, tensors, _Source(described.format, header.metadata))
-        for name, keys in described.layers.items()
-    }
+    layers = {name: _layer(path, name, keys, stored, header) for name, keys in described.layers.items()}
     for name in padded_layers(header.metadata):
-        if name in layers and not any(bool(tensor.any()) for tensor in layers[name].tensors().values()):
+        if name in layers and not any(one.wide(np.float32).any() for one in layers[name].tensors().values()):
             del layers[name]
     if not layers:
         raise UserError(f"{path}: there is no layer in it; is it a LoRA?")
     if described.tokens:
-        told = "learned tokens are no part of the LoRA's layers; convert writes them to files of their own"
-        log.warning("%s: its %s: %s", path, told, ", ".join(described.tokens))
+        note = "learned tokens are no part of the LoRA's layers; convert writes them to files of their own"
+        log.warning("%s: its %s: %s", path, note, ", ".join(described.tokens))
     metadata = {key: value for key, value in header.metadata.items() if key not in OURS}
-    return LoRAFile(layers, metadata, {key: tensors[key] for key in described.tokens})
+    tokens = {key: _tensor(stored[key]) for key in described.tokens}
+    return LoRAFile(layers, metadata, tokens, described.foreign if partial else {})
 
 
-@dataclass(frozen=True)
-class _Source:
-    format: str
-    metadata: Mapping[str, str]
+def refuse_unread(path: Path, described: Described, partial: bool) -> None:
+    """Refuse a file that is damaged, or has keys that are not read: here, and nowhere else.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    for key, reason in described.damaged.items():
+        raise UserError(f"{path}: {key!r} {reason}")
+    if partial and described.layers:
+        return
+    for key, reason in described.foreign.items():
+        more = f" ({len(described.foreign)} such keys)" if len(described.foreign) > 1 else ""
+        way = f"; merge --allow-partial leaves it out and takes the other {len(described.layers)} layers"
+        raise UserError(f"{path}: {key!r} {reason}{more}{way if described.layers else ''}")
 
 
-def _check_values(path: Path | str, key: str, tensor: Tensor, finite: bool) -> None:
-    if not tensor.is_floating_point() and not key.endswith(".alpha"):
-        raise UserError(f"{path}: {key!r} holds {tensor.dtype}; a LoRA holds floating point numbers")
-    if finite and not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+def mapped(path: Path, header: Header, keys: Iterable[str]) -> dict[str, Stored]:
+    """Tensors of a file, by key, where they lie.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r", header.data_offset) if header.size > header.data_offset else np.empty(0)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); download or export it again") from None
+    infos = {key: header.tensors[key] for key in keys}
+    return {
+        key: Stored(np.asarray(data[info.start : info.stop], np.uint8), info.dtype, info.shape)
+        for key, info in infos.items()
+    }
+
+
+def padded_layers(metadata: Mapping[str, str]) -> list[str]:
+    """The layers that a file's metadata say were put in as zeros; they are left out where they still are."""
+    try:
+        listed = json.loads(metadata.get(PADDING_KEY, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+
+def _check_values(path: Path, key: str, tensor: Stored, finite: bool) -> None:
+    if tensor.dtype not in FLOATS:
+        if not key.endswith(".alpha"):
+            raise UserError(f"{path}: {key!r} holds {tensor.dtype}; a LoRA holds floating point numbers")
+    elif finite and not tensor.finite:
         raise UserError(f"{path}: {key!r} has values that are not finite; the LoRA is damaged, train it again")
 
 
-def _layer(path: Path | str, name: str, keys: LayerKeys, tensors: Mapping[str, Tensor], source: _Source) -> LowRank:
-    held = {part.field: tensors[key] for part, key in keys.keys.items()}
-    given = held.pop("alpha", None)
-    if given is not None and given.numel() != 1:
-        raise UserError(f"{path}: '{keys.raw}.alpha' has shape {tuple(given.shape)}; it must be one number")
+def _layer(path: Path, name: str, keys: LayerKeys, stored: Mapping[str, Stored], header: Header) -> LowRank:
+    held = {part.field: stored[key] for part, key in keys.keys.items() if part != ALPHA}
+    given = stored[keys.keys[ALPHA]] if ALPHA in keys.keys else None
+    entries = keys.entries
     try:
-        stored = stored_alpha(path, name, keys.rank or 0, source.format, source.metadata) if given is None else given
-        alpha = float(stored)
+        place = Place(path, name, entries.rank if entries.ranked else 0, header.metadata)
+        alpha = keys.tables[0].alpha(None if given is None else given.number, place)
         if "magnitude" in held:
-            held["magnitude"] = _magnitude(held["magnitude"], keys, source.format)
-        return cast(LowRank, KINDS[keys.kind or "LoRA"](**held, alpha=alpha))
+            key = next(key for part, key in keys.keys.items() if part.field == "magnitude")
+            held["magnitude"] = _magnitude(held["magnitude"], entries, "lora_magnitude_vector" in key)
+        return cast(Any, keys.kind)(**held, alpha=alpha)
     except ValueError as error:
-        raise UserError(f"{path}: {keys.raw}: {error}; the file is damaged, export it again") from None
+        which = f"{keys.keys[ALPHA]!r}" if given is not None and "one number" in str(error) else f"{keys.raw}:"
+        raise UserError(f"{path}: {which} {error}") from None
 
 
-def _magnitude(m: Tensor, keys: LayerKeys, format: str) -> Tensor:
+def _magnitude(m: Stored, entries: LowRank, pefts: bool) -> Stored:
     """DoRA's m as it broadcasts against W_0: (out, 1, ...) or (1, in, ...).
 
+    Args:
+        m: as the file has it: so, or of one dimension, or (1, out, 1, 1) as peft has it.
+        entries: the layer.
+        pefts: whether its key is peft's.
+
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
-    outer, inner = keys.flat_shape or (0, 0)
-    dimensions = next((len(shape) for part, shape in keys.shapes.items() if part.field == "down"), m.dim())
-    if format in PEFT_NAMED and m.numel() == outer:  # (out,), or (1, out, 1, 1) beside a convolution
-        m = m.reshape(outer, *[1] * (dimensions - 1))
-    fits = m.dim() == dimensions and m.dim() in (2, 4) and m.numel() in (m.shape[0], m.shape[1])
-    if not fits or (m.shape[0] not in (1, outer)) or (m.shape[0] == 1 and outer > 1 and inner % m.shape[1]):
-        raise ValueError(f"the magnitude {tuple(m.shape)} is neither (out, 1, ...) nor (1, in, ...) of {outer, inner}")
-    return m
+    outer, inner = entries.flat_shape
+    dimensions = len(entries.shape) if entries.shape else len(m.shape)
+    shape, size = m.shape, math.prod(m.shape)
+    if size == outer and (pefts or len(shape) == 1):
+        shape = (outer, *[1] * (max(dimensions, 2) - 1))
+    elif size == inner and len(shape) == 1:
+        shape = (1, inner)
+    dimensions = max(dimensions, 2)
+    fits = len(shape) == dimensions and dimensions in (2, 4) and size in shape[:2]
+    if not fits or shape[0] not in (1, outer) or (shape[0] == 1 and outer > 1 and inner % shape[1]):
+        raise ValueError(f"the magnitude {m.shape} is neither (out, 1, ...) nor (1, in, ...) of {outer, inner}")
+    return replace(m, shape=shape)

@@ -7,18 +7,20 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loratune.errors import UserError
 from loratune.families.architectures import canonical_module_name
 from loratune.lora.fused import fuse
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.known import KINDS, types
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.whole import whole
 
 ADAPTER = "default"
@@ -26,14 +28,6 @@ PRESETS = {"all-linear": r".*", "all": r".*", "none": r"(?!)"}
 """Targets of every family, beside its own."""
 OF_FAMILIES = ("cross-attention", "attention", "attention+ff")
 """Names of the targets that families may have; each says which layers they are."""
-# Where peft keeps each factor of an adapter, by the field of the layer in files.
-FACTORS: dict[type[LowRank], dict[str, str]] = {
-    LoRALayer: {"down": "lora_A", "up": "lora_B", "magnitude": "lora_magnitude_vector"},
-    LoHaLayer: {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    LoKrLayer: {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-}
-PARAMETERS = ("lora_", "hada_", "lokr_")
-Layer: TypeAlias = LoraLayer | LycorisLayer
 
 
 @dataclass(frozen=True)
@@ -173,19 +167,7 @@ def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
     ranks = {name: rank for name in targets if (rank := lora.rank_of(name)) != lora.rank}
     alphas = {name: alpha for name in targets if (alpha := lora.alpha_of(name)) != lora.scaled_alpha}
     shared: dict[str, Any] = {"r": lora.rank, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
-    if lora.type in ("lora", "dora"):
-        config: Any = LoraConfig(
-            **shared,
-            lora_alpha=lora.scaled_alpha,
-            lora_dropout=lora.dropout,
-            use_rslora=lora.rslora,
-            use_dora=lora.type == "dora",
-            init_lora_weights=True if lora.init == "kaiming" else lora.init,
-            bias="none",
-        )
-    else:
-        kind = LoHaConfig if lora.type == "loha" else LoKrConfig
-        config = kind(**shared, alpha=lora.scaled_alpha, rank_dropout=lora.dropout)
+    config = types()[lora.type].peft_config(lora, shared)
     inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for layer in adapted_layers(module).values():
         if lora.type == "lora":
@@ -193,30 +175,30 @@ def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
     return targets
 
 
-def adapted_layers(module: nn.Module) -> dict[str, Layer]:
+def adapted_layers(module: nn.Module) -> dict[str, Any]:
     """The layers that carry an adapter, by name."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, LoraLayer | LycorisLayer)}
+    return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is an adapter's."""
-    return any(part.startswith(PARAMETERS) for part in name.split("."))
+    attributes = {attribute for kind in KINDS.values() for attribute in kind.attributes.values()}
+    return any(part in attributes for part in name.split("."))
 
 
-def factors(layer: Layer) -> dict[str, Tensor]:
+def factors(layer: Any) -> dict[str, Tensor]:
     """The parameters of a layer's adapter, by the fields of its kind in files."""
     found = {}
-    for name, attribute in FACTORS[_kind(layer)].items():
+    for name, attribute in _kind(layer).attributes.items():
         held = getattr(layer, attribute, {})
         if ADAPTER in held:
             found[name] = held[ADAPTER].weight if isinstance(held[ADAPTER], nn.Module) else held[ADAPTER]
     return found
 
 
-def _kind(layer: Layer) -> type[LowRank]:
-    if isinstance(layer, LoraLayer):
-        return LoRALayer
-    return LoHaLayer if hasattr(layer, "hada_w1_a") else LoKrLayer
+def _kind(layer: Any) -> type[LowRank]:
+    """The kind of a layer of peft, by its attributes."""
+    return next(kind for kind in KINDS.values() if all(hasattr(layer, one) for one in kind.attributes.values()))
 
 
 def collect(
@@ -238,19 +220,13 @@ def collect(
     return layers
 
 
-def _as_file(layer: Layer, held: dict[str, Tensor], start: tuple[Tensor, Tensor] | None) -> LowRank:
-    kind = _kind(layer)
+def _as_file(layer: Any, held: dict[str, Tensor], start: tuple[Tensor, Tensor] | None) -> LowRank:
+    scale = float(layer.scaling[ADAPTER])
     alpha = float(layer.scaling[ADAPTER] * layer.r[ADAPTER])
-    if "magnitude" in held:
-        held["magnitude"] = held["magnitude"].reshape(-1, *[1] * (held["down"].dim() - 1))
-    if kind is LoKrLayer and {"w1", "w2"} <= held.keys():
-        held["w1"] *= float(layer.scaling[ADAPTER])  # readers take the scale for 1 where both are whole
-        alpha = 1.0
     if start is not None:
         held = {"down": torch.cat([held["down"], start[0]]), "up": torch.cat([held["up"], -start[1]], dim=1)}
         alpha *= 2
-    made: LowRank = cast(Any, kind)(**held, alpha=alpha)
-    return made
+    return _kind(layer).collected(held, alpha, scale)
 
 
 def at_start(components: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:

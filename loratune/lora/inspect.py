@@ -16,9 +16,10 @@ from loratune.families.base_configs import CONFIGS_KEY
 from loratune.families.known import family_of
 from loratune.formats.headers import Header, read_header
 from loratune.lora.fits import fitting, layer_names
-from loratune.lora.names import DOWN, detect_format
-from loratune.lora.original_keys import Keys, read_keys
-from loratune.lora.readers import REFUSED, WHOLE, verdicts
+from loratune.lora.keys import unread
+from loratune.lora.readers import REFUSED, WHOLE, Keys, read_keys, verdicts
+from loratune.lora.tables.known import detect_format
+from loratune.lora.tables.table import DOWN
 
 if TYPE_CHECKING:
     from loratune.lora.file import LoRAFile
@@ -75,7 +76,7 @@ def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
     elif own:
         found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
     else:
-        found["kind"] = describe_unsupported(header) or "not a file that is known here"
+        found["kind"] = unread(header.tensors) or describe_unsupported(header) or "not a file that is known here"
     found |= _of_headers([header])
     merged = {key: _parsed(value) for key, value in header.metadata.items() if "merge" in key.lower()}
     rest = {key: value for key, value in header.metadata.items() if key != CONFIGS_KEY and key not in merged}
@@ -123,7 +124,7 @@ def describe_lora(file: Path, header: Header) -> dict[str, Any]:
     Raises:
         UserError: its tensors cannot be read at all.
     """
-    keys = read_keys(file, header)
+    keys = read_keys(file, header, layer_names())
     lora, problem = _read(file)
     found: dict[str, Any] = {"file": str(file), "kind": _kind(keys), "format": keys.format or "not known"}
     found["family"] = _family(keys, header, lora)
@@ -189,9 +190,8 @@ def _numbers(file: Path, header: Header, lora: LoRAFile | None) -> dict[str, Any
     from loratune.lora.progress import shown
 
     if lora is None:
-        kinds = {key for key, info in header.tensors.items() if info.dtype in ("F16", "BF16", "F32", "F64")}
-        each = ((key, read_tensors(file, [key])[key]) for key in header.tensors if key in kinds)
-        return {"not finite": not_finite(each)}
+        floats = [key for key, info in header.tensors.items() if info.dtype in ("F16", "BF16", "F32", "F64")]
+        return {"not finite": not_finite(read_tensors(file, floats).items())}
     sizes = sizes_by_block(shown(list(lora.layers.items()), "norms"))
     return {
         "not finite": {},

@@ -1,31 +1,48 @@
-"""What the keys of a LoRA file stand for: each key's layer and part, or why it does not map; from the header alone."""
+"""What the keys of a LoRA file stand for: each key's layer and part, or why it is not read; from the header alone."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from loratune.families.layouts import Shape
-from loratune.formats.headers import Header
-from loratune.lora.cloneofsimo import numbered
-from loratune.lora.names import (
-    COMPONENTS,
-    TABLES,
-    Part,
-    canonical_name,
-    flat,
-    format_of,
-    inverted,
-    known_names,
-    known_shapes,
-)
-from loratune.lora.refused import refused
+from loratune.formats.headers import Header, TensorInfo
+from loratune.lora.kinds.known import KINDS
+from loratune.lora.kinds.layer import LowRank, missing
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.names import COMPONENTS, canonical_name, flat, known_shapes
+from loratune.lora.tables.comfyui import BARE
+from loratune.lora.tables.known import TABLES, format_of, inverted, known_names, naming, split
+from loratune.lora.tables.kohya import COMPONENTS as KOHYA
+from loratune.lora.tables.table import Part, Table
 
 TOKEN = "<embed>"  # how cloneofsimo's metadata mark a learned token
-FIELDS_NEEDED = {"LoRA": ("down", "up"), "LoHa": ("w1_a", "w1_b", "w2_a", "w2_b")}
+# What is not read, told by a key: the first pattern that fits.
+UNREAD: tuple[tuple[str, str], ...] = (
+    (r"^bundle_emb\.", "an embedding bundled with a LoRA"),
+    (r"^lllite_", "a ControlNet-LLLite, which is no LoRA"),
+    (r"^lora_controlnet$|^input_hint_block\.", "a Control-LoRA, which is a ControlNet and no LoRA"),
+    (r"\.(oft_blocks|oft_diag|oft_[rRsS]|boft_[RrsS]|boft_blocks)\b", "an OFT or BOFT"),
+    (r"\.on_input$|\.ia3_l\b", "an IA3"),
+    (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "a GLoRA (LyCORIS)"),
+    (r"\.(w_norm|b_norm)$", "trained norms (LyCORIS)"),
+    (r"\.diff(_b)?$", "whole weights beside a LoRA (LyCORIS full)"),
+    (r"\.(bias_indices|bias_values|bias_size)$", "a LyCORIS with sparse biases"),
+    (r"\.(vera_lambda|hra_u|lora_E|lora_embedding_[AB]|loha_|randlora_|fourierft_)", "another adapter of peft"),
+    (r"^(lora_unet_|lycoris_)(double|single)_blocks_|(^|\.)(double|single)_blocks\.", "a FLUX LoRA"),
+    (r"(^|\.)single_transformer_blocks\.", "a FLUX LoRA"),
+    (r"^lora_unet_joint_blocks_|(^|\.)joint_blocks\.|^lora_te3_|^text_encoder_3\.", "a Stable Diffusion 3 LoRA"),
+    (r"^lora_prior_|^prior\.", "a LoRA of Stable Cascade"),
+    (r"^(lora_transformer_|transformer\.|base_model\.model\.transformer\.)", "a LoRA of a transformer (SD 3, FLUX)"),
+)
+
+
+def unread(keys: Iterable[str]) -> str | None:
+    """What is not read, by the first key that tells, in words; or None."""
+    kinds = (kind for key in keys for pattern, kind in UNREAD if re.search(pattern, key))
+    return next(kinds, None)
 
 
 @dataclass(frozen=True)
@@ -34,60 +51,45 @@ class LayerKeys:
 
     Args:
         raw: the layer's name in the file.
+        tables: the formats that spell it so, best first.
         keys: by what they are.
-        shapes: likewise.
+        infos: where each lies, likewise.
     """
 
     raw: str
+    tables: tuple[Table, ...]
     keys: dict[Part, str] = field(default_factory=dict)
-    shapes: dict[Part, Shape] = field(default_factory=dict)
+    infos: dict[Part, TensorInfo] = field(default_factory=dict)
 
-    @cached_property
-    def kind(self) -> str:
-        """LoRA, LoHa or LoKr; "" where there are parts of several, or none that tells."""
-        kinds = {part.kind for part in self.keys if part.kind}
-        return kinds.pop() if len(kinds) == 1 else ""
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of which there are parts; one, in a layer that is whole."""
+        return sorted({part.kind for part in self.keys if part.kind})
+
+    @property
+    def kind(self) -> type[LowRank]:
+        """The kind; LoRA where no part tells."""
+        return KINDS[self.kinds[0]] if self.kinds else LoRALayer
 
     @property
     def dora(self) -> bool:
         """Whether there is a magnitude."""
         return any(part.field == "magnitude" for part in self.keys)
 
-    @property
-    def rank(self) -> int | None:
-        """r, or None where the tensors do not tell (a LoKr of two whole factors has none)."""
-        order = {"LoRA": ("down",), "LoHa": ("w1_b",), "LoKr": ("w2_b", "w1_b")}.get(self.kind, ())
-        found = (self._shape(name) for name in order)
-        return next((shape[0] for shape in found if shape), None)
+    @cached_property
+    def entries(self) -> LowRank:
+        """The layer, with the header's entries for tensors: its rank and shapes.
 
-    @property
-    def flat_shape(self) -> tuple[int, int] | None:
-        """(out, in k k) of the W_0 that it was made for, or None where the shapes are not those of such a layer."""
-        try:
-            return self._flat_shape()
-        except (TypeError, IndexError):
-            return None
-
-    def _shape(self, name: str) -> Shape:
-        return self.shapes.get(Part(self.kind, name), ())
-
-    def _flat_shape(self) -> tuple[int, int]:
-        if self.kind == "LoRA":
-            return self._shape("up")[0], math.prod(self._shape("down")[1:]) * math.prod(self._shape("mid")[2:])
-        if self.kind == "LoHa":
-            return self._factored("w1_a", "w1_b", "t1")
-        one = self._whole("w1") or self._factored("w1_a", "w1_b", "")
-        two = self._whole("w2") or self._factored("w2_a", "w2_b", "t2")
-        return one[0] * two[0], one[1] * two[1]
-
-    def _whole(self, name: str) -> tuple[int, int] | None:
-        shape = self._shape(name)
-        return (shape[0], math.prod(shape[1:])) if shape else None
-
-    def _factored(self, a: str, b: str, t: str) -> tuple[int, int]:
-        if kernel := self._shape(t):
-            return self._shape(a)[1], self._shape(b)[1] * math.prod(kernel[2:])
-        return self._shape(a)[0], math.prod(self._shape(b)[1:])
+        Raises:
+            ValueError: the shapes do not fit one another, or one is missing.
+        """
+        if len(self.kinds) > 1:
+            raise ValueError(f"it has parts of a {' and of a '.join(self.kinds)}")
+        held = {part.field: info for part, info in self.infos.items() if part.field not in ("alpha", "magnitude")}
+        if lacking := missing(self.kind, [*held]):
+            raise ValueError(f"it has no {lacking} tensor")
+        layer: LowRank = self.kind(**held, alpha=1.0)  # type: ignore[call-arg]
+        return layer
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,22 @@ class Described:
     """What a LoRA file's keys stand for.
 
     Args:
-        format: of most keys, one of `lora_names.TABLES`; "" where none tells.
-        layers: by canonical name.
-        unmapped: what is wrong with keys of no layer, and with layers that are not whole, by key.
+        format: of most keys, as `format_of` says; "" where none tells.
+        layers: those that can be read, by canonical name.
+        every: all, those of names that are not known too, in the file's order.
+        strays: keys of no layer.
+        foreign: what is not read, by key, and why: strays, and layers of other models.
+        damaged: what is wrong with layers that should be read, by key.
         tokens: learned tokens.
     """
 
     format: str
     layers: dict[str, LayerKeys]
-    unmapped: dict[str, str]
-    tokens: tuple[str, ...] = ()
+    every: tuple[LayerKeys, ...]
+    strays: tuple[str, ...]
+    foreign: dict[str, str]
+    damaged: dict[str, str]
+    tokens: tuple[str, ...]
 
 
 def describe_keys(header: Header, names: Iterable[str] = ()) -> Described:
@@ -114,122 +122,124 @@ def describe_keys(header: Header, names: Iterable[str] = ()) -> Described:
         header: of the file.
         names: canonical names, with component, of a base's layers; those of the known architectures are known.
     """
-    if found := refused(header.tensors):
-        reason = f"is of {found[1]}, which is not read"
-        return Described("", {}, {key: reason for key in header.tensors if refused([key])})
+    formats = Counter(format for key in header.tensors if (format := format_of(key)))
+    main = max(formats, key=lambda name: (formats[name], name != BARE.name), default="")
     tokens = tuple(key for key in header.tensors if header.metadata.get(key) == TOKEN)
-    told = Counter(name for key in header.tensors if (name := format_of(key)))
-    if not told:
-        return Described("", {}, dict.fromkeys(header.tensors, "is no part of a LoRA; is it a LoRA?"), tokens)
-    main = told.most_common(1)[0][0]
-    unmapped: dict[str, str] = {}
-    grouped = _grouped(header, tuple(told), main, set(tokens), unmapped)
-    layers = _named(grouped, header.metadata, tuple(names), unmapped)
-    return Described(main, layers, unmapped, tokens)
-
-
-def _grouped(
-    header: Header, formats: tuple[str, ...], main: str, tokens: set[str], unmapped: dict[str, str]
-) -> dict[tuple[str, str], LayerKeys]:
-    """The keys by format and layer."""
-    grouped: dict[tuple[str, str], LayerKeys] = {}
-    loose: list[str] = []
-    for key, info in header.tensors.items():
-        own = format_of(key)
-        if own is None:
-            loose.append(key)
-        elif found := TABLES[own].split(key):
-            _put(grouped.setdefault((own, found[0]), LayerKeys(found[0])), found[1], key, info.shape, unmapped)
-    for key in loose:  # alphas and magnitudes go with the layer that is there
-        splits = [(name, found) for name in formats if (found := TABLES[name].split(key))]
-        if key in tokens:
-            continue
-        if not splits:
-            unmapped[key] = f"is not part of a {main} LoRA; remove it, or convert the file"
-            continue
-        name, (raw, part) = next((one for one in splits if (one[0], one[1][0]) in grouped), splits[0])
-        _put(grouped.setdefault((name, raw), LayerKeys(raw)), part, key, header.tensors[key].shape, unmapped)
-    return grouped
-
-
-def _put(layer: LayerKeys, part: Part, key: str, shape: Shape, unmapped: dict[str, str]) -> None:
-    if part in layer.keys:
-        unmapped[key] = "is there twice, under two names; remove one"
-        return
-    layer.keys[part], layer.shapes[part] = key, shape
-
-
-def _named(
-    grouped: Mapping[tuple[str, str], LayerKeys],
-    metadata: Mapping[str, str],
-    names: tuple[str, ...],
-    unmapped: dict[str, str],
-) -> dict[str, LayerKeys]:
-    """The layers by canonical name; those that are not whole, or have none, go to `unmapped`."""
-    given = {format: inverted(TABLES[format], names) for format in {format for format, _ in grouped}}
-    numbers, problem = _numbers(grouped, metadata)
+    groups, damaged, strays = _grouped(header, tokens)
+    telling = [layer for layer in groups if layer.kinds]
+    strays += [key for layer in groups if not layer.kinds for key in layer.keys.values()] if not main else []
+    foreign = {key: _stray(key, main) for key in strays}
     layers: dict[str, LayerKeys] = {}
-    for (format, raw), layer in grouped.items():
+    for layer, (name, reason) in zip(telling, _names(telling, header.metadata, tuple(names)), strict=True):
         first = next(iter(layer.keys.values()))
-        if fault := _fault(layer):
-            unmapped[first] = fault
-            continue
-        if format == "cloneofsimo":
-            name, reason = numbers.get(raw), problem
-        else:
-            name, reason = _name(format, layer, given[format])
-        if name is None:
-            unmapped[first] = reason
+        if fault := _fault(layer, name):
+            damaged[first] = fault
+        elif name is None:
+            foreign[first] = reason
         elif name in layers:
-            unmapped[first] = f"is of {name}, which is there twice, under two names; remove one"
+            damaged[first] = f"is of {name}, which is there twice, under two names; remove one"
         else:
             layers[name] = layer
-    return layers
+    if main:
+        foreign |= {key: _stray(key, main) for layer in groups if not layer.kinds for key in layer.keys.values()}
+    return Described(main, layers, tuple(groups), tuple(strays), foreign, damaged, tokens)
 
 
-def _fault(layer: LayerKeys) -> str:
-    kinds = sorted({part.kind for part in layer.keys if part.kind})
-    if len(kinds) > 1:
-        return f"is of {layer.raw!r}, which has parts of a {' and of a '.join(kinds)}; the file is damaged"
-    for name in FIELDS_NEEDED.get(layer.kind or "LoRA", ()):
-        if Part(layer.kind or "LoRA", name) not in layer.keys:
-            return f"is of {layer.raw!r}, which has no {name} tensor; the file is not complete, export it again"
+def _stray(key: str, main: str) -> str:
+    if kind := unread([key]):
+        return f"is of {kind}; it is not read"
+    if not main:
+        return "is no part of a LoRA; is it a LoRA?"
+    return f"is not part of a {main} LoRA, nor of another that is read"
+
+
+def _grouped(header: Header, tokens: tuple[str, ...]) -> tuple[list[LayerKeys], dict[str, str], list[str]]:
+    """The layers in the file's order, keys that are there twice, and keys of no layer."""
+    groups: dict[str, LayerKeys] = {}
+    twice: dict[str, str] = {}
+    strays: list[str] = []
+    for key, info in header.tensors.items():
+        if key in tokens:
+            continue
+        if (found := split(key)) is None:
+            strays.append(key)
+            continue
+        raw, _, part = found
+        tables = tuple(naming(raw))
+        raw = raw.replace(".", "_") if tables[0].joined else raw
+        layer = groups.setdefault(raw, LayerKeys(raw, tables))
+        if part in layer.keys:
+            twice[key] = "is there twice, under two names; remove one"
+        else:
+            layer.keys[part], layer.infos[part] = key, info
+    return [*groups.values()], twice, strays
+
+
+def _fault(layer: LayerKeys, name: str | None) -> str:
+    """What is wrong with a layer of a model that is read."""
+    if name is None and unread(layer.keys.values()):
+        return ""
+    try:
+        layer.entries  # noqa: B018
+    except ValueError as error:
+        return f"is of {layer.raw!r}: {error}; export the file again"
     return ""
 
 
-def _name(format: str, layer: LayerKeys, given: Mapping[str, tuple[str, ...]]) -> tuple[str | None, str]:
-    """The canonical name of a layer, or why there is none."""
-    here = given.get(layer.raw, ())
-    found = here if len(here) == 1 else tuple(dict.fromkeys((*here, *known_names(format).get(layer.raw, ()))))
-    if len(found) > 1:
-        fitting = [name for name in found if _fits(name, layer.flat_shape)]
-        found = tuple(fitting) if len(fitting) == 1 else found
-    if len(found) == 1:
-        return found[0], ""
-    if found:
-        parts = " or ".join(name.partition(".")[0] for name in found)
-        return None, f"does not say whether it is of {parts}; put that and a dot before the names of its layers"
-    if TABLES[format].loose:
-        loose = canonical_name(layer.raw)
-        return loose, f"is of {layer.raw!r}, which is in none of {COMPONENTS}; it was made for another base"
-    return None, f"is of {layer.raw!r}, which is no layer of the architectures known here; it was made for another base"
+def _names(
+    layers: list[LayerKeys], metadata: Mapping[str, str], names: tuple[str, ...]
+) -> list[tuple[str | None, str]]:
+    """The canonical name of each layer, or why there is none."""
+    spelt = {table: inverted(table, names) for table in TABLES.values()}
+    numbers = {table: _numbers(table, layers, metadata) for table in TABLES.values() if table.number}
+    found: list[tuple[str | None, str]] = []
+    for layer in layers:
+        if layer.tables[0] in numbers:
+            table, problem = numbers[layer.tables[0]]
+            found.append((table.get(layer.raw), problem))
+        else:
+            found.append(_name(layer, spelt))
+    return found
 
 
-def _fits(name: str, shape: tuple[int, int] | None) -> bool:
-    return any(name in shapes and flat(shapes[name]) == shape for shapes in known_shapes().values())
+def _name(layer: LayerKeys, spelt: Mapping[Table, Mapping[str, tuple[str, ...]]]) -> tuple[str | None, str]:
+    for table in layer.tables:
+        own = spelt[table].get(layer.raw, ())
+        found = own if len(own) == 1 else tuple(dict.fromkeys((*own, *known_names(table).get(layer.raw, ()))))
+        if len(found) > 1:
+            fitting = [name for name in found if _fits(name, layer)]
+            found = tuple(fitting) if len(fitting) == 1 else found
+        if len(found) == 1:
+            return found[0], ""
+        if found:
+            parts = " or ".join(name.partition(".")[0] for name in found)
+            return None, f"does not say whether it is of {parts}; put that and a dot before the names of its layers"
+    if layer.tables[0].loose and (name := canonical_name(layer.raw)):
+        return name, ""
+    if kind := unread(layer.keys.values()):
+        return None, f"is of {kind}; it is not read"
+    return None, f"is of {layer.raw!r}, which is no layer of the architectures known here"
 
 
-def _numbers(grouped: Mapping[tuple[str, str], LayerKeys], metadata: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The names of cloneofsimo's layers, or why there are none."""
-    sizes: dict[str, dict[int, tuple[int, int]]] = {}
-    for format, raw in grouped:
-        if format == "cloneofsimo":
-            component, _, number = raw.rpartition(":")
-            shape = grouped[format, raw].flat_shape
-            if not number.isdecimal() or shape is None:
-                return {}, f"is of {raw!r}, which is no layer"
-            sizes.setdefault(component, {})[int(number)] = shape
+def _fits(name: str, layer: LayerKeys) -> bool:
     try:
-        return numbered(sizes, metadata) if sizes else {}, ""
+        size = layer.entries.flat_shape
+    except ValueError:
+        return False
+    return any(name in shapes and flat(shapes[name]) == size for shapes in known_shapes().values())
+
+
+def _numbers(table: Table, layers: list[LayerKeys], metadata: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The names of layers that are numbered, or why there are none."""
+    own = [layer for layer in layers if layer.tables[0] is table]
+    try:
+        sizes = {layer.raw: layer.entries.flat_shape for layer in own}
+        return table.number(sizes, metadata) if own and table.number else {}, ""
     except ValueError as error:
         return {}, f"cannot be told: {error}"
+
+
+def component_of(raw: str) -> str:
+    """unet, text_encoder or text_encoder_2, by a layer's name in the file; "" where it does not tell."""
+    joined = next((part for prefix, part in KOHYA.items() if raw.startswith(prefix)), "")
+    return joined or next((part for part in COMPONENTS if re.match(rf"{part}[.:]", raw)), "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -13,7 +12,6 @@ from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.load import load_model
 from loratune.families.model import Model
-from loratune.lora.file import LoRAFile
 from loratune.lora.merge.memory import merge_into, parse_weighted
 from loratune.lora.tokens import put_embedding
 
@@ -39,7 +37,7 @@ def load_with(base: str, lora: Sequence[str], device: str = "auto", embedding: S
     loras = [parse_weighted(text, names) for text in lora]
     merge_into(model.components(), loras)
     for one in loras:
-        model.follow(cast(LoRAFile, one.file).metadata)
+        model.follow(one.file.metadata)
     for file in embedding:
         put_embedding(file, model.text_parts())
     return model.requires_grad_(False).eval().to(pick_device(device))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from loratune.lora.algebra import factors, inner
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 
 
 def block_of(name: str) -> str:

@@ -11,10 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from loratune.lora.names import ALPHA, DOWN, MAGNITUDE, MID
-from loratune.lora.original_keys import Keys, component_of
+from loratune.formats.headers import Header
+from loratune.lora.keys import Described, LayerKeys, component_of, describe_keys
+from loratune.lora.tables.table import ALPHA, DOWN, MAGNITUDE, MID, Part
 
 WHOLE, CHANGED, PART, NOTHING, REFUSED, UNKNOWN = (
     "whole",
@@ -40,6 +43,90 @@ SGM = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
 DIFFUSERS_BLOCKS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_")
 ATTENTION = re.compile(r"_(attn[12]_to_(q|k|v|out_0)|self_attn_(q|k|v|out)_proj)$")
 TEXT_QKV = re.compile(r"lora_te[12]?_.*_self_attn_[qkv]_proj$")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a LoRA file as other programs meet them, also where it is not read here.
+
+    Args:
+        described: what they stand for.
+        alphas: by layer, where the file gives one as a tensor.
+        metadata: the file's.
+    """
+
+    described: Described
+    alphas: dict[str, float]
+    metadata: dict[str, str]
+
+    @property
+    def format(self) -> str:
+        """Who named most of them; "" where none tells."""
+        return self.described.format
+
+    @cached_property
+    def layers(self) -> dict[str, dict[Part, str]]:
+        """The keys of each layer by what they are, by its name in the file; of the format of most keys."""
+        return {layer.raw: layer.keys for layer in self._own}
+
+    @cached_property
+    def _own(self) -> list[LayerKeys]:
+        names = self.format.partition(" with ")[0]
+        return [layer for layer in self.described.every if any(table.name == names for table in layer.tables)]
+
+    @cached_property
+    def foreign(self) -> list[str]:
+        """Keys of no layer, or of another format."""
+        own = {key for held in self.layers.values() for key in held.values()}
+        others = [key for layer in self.described.every for key in layer.keys.values() if key not in own]
+        return [*others, *self.described.strays, *self.described.tokens]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """r by layer, where there is one."""
+        found = {}
+        for layer in self._own:
+            try:
+                if layer.kinds and layer.entries.ranked:
+                    found[layer.raw] = layer.entries.rank
+            except ValueError:  # it is not whole
+                continue
+        return found
+
+    @property
+    def every(self) -> list[str]:
+        """All keys of layers."""
+        return [key for held in self.layers.values() for key in held.values()]
+
+    @cached_property
+    def kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind: LoRA, LoCon (Tucker), LoHa, LoKr, each perhaps with DoRA."""
+        return dict(Counter(_kind(held) for held in self.layers.values()))
+
+
+def _kind(held: dict[Part, str]) -> str:
+    kind = "LoCon (Tucker)" if MID in held else next((part.kind for part in held if part.kind), "nothing")
+    return f"{kind} with DoRA" if MAGNITUDE in held else kind
+
+
+def read_keys(path: Path, header: Header, names: Sequence[str] = ()) -> Keys:
+    """What the keys say; of the tensors only the alphas are read.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    from loratune.lora.file import mapped
+
+    described = describe_keys(header, names)
+    alphas = {layer.raw: layer.keys[ALPHA] for layer in described.every if ALPHA in layer.keys}
+    stored = mapped(path, header, alphas.values())
+    found = {}
+    for raw, key in alphas.items():
+        try:
+            found[raw] = stored[key].number
+        except ValueError:  # no number
+            continue
+    return Keys(described, found, header.metadata)
 
 
 @dataclass(frozen=True)
@@ -106,7 +193,7 @@ def _other_alpha(keys: Keys) -> list[str]:
     """Attention layers whose alpha is not the most common one of their component; without any, alpha is r."""
     wrong = []
     for component in ("unet", "text_encoder", "text_encoder_2"):
-        own = [name for name in keys.layers if component_of(name, "kohya") == component and name in keys.ranks]
+        own = [name for name in keys.layers if component_of(name) == component and name in keys.ranks]
         given = Counter(keys.alphas[name] for name in own if name in keys.alphas)
         common = given.most_common(1)[0][0] if given else None
         differ = (name for name in own if common is not None and keys.alphas.get(name, keys.ranks[name]) != common)
@@ -147,7 +234,7 @@ def _sdxl_with_diffusers_names(keys: Keys) -> list[str]:
 
 @_in("peft", "diffusers", "old diffusers")
 def _unknown_component(keys: Keys) -> list[str]:
-    return [key for key in keys.every if not key.startswith(COMPONENTS)]
+    return [key for key in (*keys.every, *keys.foreign) if not key.startswith(COMPONENTS)]
 
 
 @_in("peft")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,13 +15,14 @@ from loratune.errors import UserError
 from loratune.families.layouts import Shape
 from loratune.formats.files import sha256_file
 from loratune.formats.headers import read_header
-from loratune.lora.algebra import SVD, Product, distance, factors, norm, rank_for, truncate
-from loratune.lora.file import LoRAFile, read_lora, standard_metadata, write_lora
+from loratune.lora.algebra import SVD, distance, factors, norm, rank_for, truncate
+from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.fits import layer_names, shapes_for
-from loratune.lora.layers import LoRALayer, LowRank
-from loratune.lora.names import format_of
+from loratune.lora.kinds.layer import LowRank, Product
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.metadata import standard_metadata
+from loratune.lora.tables.known import format_of, writable
 
-Format = Literal["peft", "kohya"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -29,7 +30,7 @@ class Source(NamedTuple):
     """A LoRA file that was read."""
 
     path: Path
-    format: Format
+    format: str
     file: LoRAFile
 
 
@@ -74,8 +75,8 @@ def read(path: Path) -> Source:
         UserError: as `read_lora`.
     """
     lora = read_lora(path, layer_names())
-    named = {format_of(key) for key in read_header(path).tensors}
-    return Source(path, "kohya" if "kohya" in named else "peft", lora)
+    named = {(format_of(key) or "").partition(" with ")[0] for key in read_header(path).tensors}
+    return Source(path, next((name for name in writable() if name in named), "peft"), lora)
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
@@ -149,7 +150,7 @@ def shapes_of(path: Path, layers: Mapping[str, LowRank]) -> dict[str, Shape]:
     Raises:
         UserError: neither tells.
     """
-    own = {name: shape for name, layer in layers.items() if (shape := _own_shape(layer))}
+    own = {name: shape for name, layer in layers.items() if (shape := layer.shape)}
     if len(own) == len(layers):
         return own
     found = shapes_for({name: layer.flat_shape for name, layer in layers.items()})
@@ -157,13 +158,6 @@ def shapes_of(path: Path, layers: Mapping[str, LowRank]) -> dict[str, Shape]:
         name = next(name for name in layers if name not in own)
         raise UserError(f"{path}: {name} fits no base that is known here, so its kernel is not known; convert it alone")
     return {**found, **own}
-
-
-def _own_shape(layer: LowRank) -> Shape | None:
-    if not isinstance(layer, LoRALayer):
-        return None
-    kernel = layer.mid.shape[2:] if layer.mid is not None else layer.down.shape[2:]
-    return (layer.up.shape[0], layer.down.shape[1], *kernel)
 
 
 def dtype_of(layers: Iterable[LowRank], asked: str | None) -> torch.dtype:
@@ -178,7 +172,7 @@ def write(
     out: Path,
     layers: Mapping[str, LowRank],
     source: LoRAFile,
-    format: Format,
+    format: str,
     note: tuple[str, Mapping[str, Any]],
     dtype: torch.dtype | None = None,
 ) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from loratune.families.layouts import Shape
 from loratune.lora.algebra import factors, svd
-from loratune.lora.layers import LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.progress import shown
 from loratune.lora.reading import (
     Errors,
-    Format,
     check_out,
     check_rank,
     described,
@@ -27,7 +27,7 @@ from loratune.lora.reading import (
 )
 
 
-def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: Format | None, dtype: str | None) -> str:
+def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: str | None, dtype: str | None) -> str:
     """Write a LoRA at another rank; returns lines with the error of each layer and overall.
 
     Raises:

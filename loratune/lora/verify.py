@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.lora.layers import LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
 
 PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-FACTORS = {"LoHa": "hada", "LoKr": "lokr"}
 # How a residual block's layers are called in the original layout.
 RESNET = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3"}
 RESNET["conv_shortcut"] = "skip_connection"
@@ -58,13 +58,10 @@ def _same(file: _File, name: str, layer: LowRank, format: str, dtype: torch.dtyp
     if isinstance(layer, LoRALayer) and layer.mid is None:
         return _same_product(layer, *_as_read(file, raw, format), dtype)
     alpha = torch.tensor(layer.alpha).to(dtype).float()
-    held = {f"{raw}.{_suffix(layer, field)}": value for field, value in layer.tensors().items() if field != "magnitude"}
+    tensors = {field: value for field, value in layer.tensors().items() if field != "magnitude"}
+    held = {f"{raw}.{layer.suffixes[field]}": value for field, value in tensors.items()}
     factors = all(torch.equal(file.tensors[key], value.to(dtype).float()) for key, value in held.items())
     return factors and bool(torch.isclose(file.tensors[f"{raw}.alpha"], alpha, rtol=torch.finfo(dtype).eps))
-
-
-def _suffix(layer: LowRank, field: str) -> str:
-    return f"{FACTORS[layer.kind]}_{field}" if layer.kind in FACTORS else f"lora_{field}.weight"
 
 
 def _same_product(layer: LoRALayer, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""A LoRA's layers as the tensors of a format, such that other programs read what was meant."""
+"""What is done to layers so that other programs read what was meant: one alpha, layers of zeros, other dtypes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from loratune.errors import UserError
-from loratune.lora.layers import LoRALayer, LowRank
-from loratune.lora.metadata import ADAPTER_METADATA, PADDING_KEY, Size, peft_metadata
-from loratune.lora.names import ALPHA, MAGNITUDE, TABLES, Part, base_kind, kohya_names
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.tables.table import PADDING_KEY
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ATTENTION = tuple(f".self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
-Layers = Mapping[str, LowRank]
-Written = tuple[dict[str, Tensor], dict[str, str]]
 Kind = TypeVar("Kind", bound=LowRank)
 
 
@@ -29,90 +27,9 @@ def cast(layer: Kind, dtype: torch.dtype | None) -> Kind:
     return replace(layer, **held, alpha=float(layer.alpha))  # type: ignore[type-var]
 
 
-def kohya_tensors(layers: Layers, metadata: Mapping[str, str], dtype: torch.dtype | None) -> Written:
-    """kohya's tensors, and what they need in the metadata.
-
-    Plain layers get one alpha, or alpha = r without an entry: were alphas to differ, diffusers would give the most
-    common one to all attention layers. The rest of a layer's scale goes into its B. Where other kinds are among
-    them, which diffusers does not read, all keep their own.
-
-    Raises:
-        ValueError: kohya's format cannot hold them exactly.
-    """
-    plain = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
-    own: dict[str, LowRank] = {name: cast(layer, dtype) for name, layer in layers.items()}
-    zeros: dict[str, LowRank] = {}
-    alphas: dict[str, float] = {name: layer.alpha for name, layer in layers.items()}
-    if len(plain) == len(layers):
-        folded, alpha = one_alpha(plain, dtype)
-        own, alphas = {**folded}, {} if alpha is None else dict.fromkeys(folded, alpha)
-        zeros = {**padding(plain, dtype, kohya=True)}
-        alphas |= dict.fromkeys(zeros, alpha) if alpha is not None else {}
-    told = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
-    kind = base_kind({name: layer.flat_shape for name, layer in layers.items()}, told)
-    table, tensors = TABLES["kohya"].suffixes, dict[str, Tensor]()
-    for raw, name in kohya_names([*own, *zeros], kind).items():
-        layer = own[name] if name in own else zeros[name]
-        held = layer.tensors()
-        tensors |= {f"{raw}{table[_part(layer, field)]}": tensor for field, tensor in held.items()}
-        if name in alphas:
-            tensors[f"{raw}{table[ALPHA]}"] = exact_scalar(alphas[name], next(iter(held.values())).dtype)
-    return tensors, _padded(zeros)
-
-
-def peft_tensors(layers: Layers, dtype: torch.dtype | None) -> Written:
-    """peft's tensors as diffusers reads them, and the metadata with ranks and alphas.
-
-    No alpha is a tensor: diffusers would refuse the file.
-
-    Raises:
-        ValueError: peft's format cannot hold them.
-    """
-    if problem := peft_problem(layers):
-        raise ValueError(problem)
-    plain = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALayer)}
-    zeros = padding(plain, dtype, kohya=False)
-    table, tensors, sizes = TABLES["peft"].suffixes, dict[str, Tensor](), dict[str, Size]()
-    for name, layer in ({name: cast(layer, dtype) for name, layer in plain.items()} | zeros).items():
-        held = layer.tensors()
-        if layer.magnitude is not None:
-            held["magnitude"] = _peft_magnitude(layer.magnitude)
-        tensors |= {f"{name}{table[_part(layer, field)]}": tensor for field, tensor in held.items()}
-        sizes[name] = Size(layer.rank, layer.alpha, layer.magnitude is not None)
-    return tensors, {ADAPTER_METADATA: peft_metadata(sizes), **_padded(zeros)}
-
-
-def _part(layer: LowRank, field: str) -> Part:
-    return MAGNITUDE if field == "magnitude" else Part(layer.kind, field)
-
-
-def _padded(zeros: Iterable[str]) -> dict[str, str]:
+def padded(zeros: Iterable[str]) -> dict[str, str]:
+    """The metadata that say which layers were put in as zeros."""
     return {PADDING_KEY: json.dumps(sorted(zeros))} if list(zeros) else {}
-
-
-def _peft_magnitude(m: Tensor) -> Tensor:
-    """(out,) beside a Linear and (1, out, 1, 1) beside a convolution, as peft has it."""
-    return m.flatten() if m.dim() < 4 else m.reshape(1, -1, 1, 1)
-
-
-def peft_problem(layers: Layers) -> str | None:
-    """Why layers cannot be written in peft's format, or None."""
-    remedy = "convert with --to kohya, or --rank R to approximate"
-    for name, layer in layers.items():
-        if not isinstance(layer, LoRALayer):
-            return f"{name} is a {layer.name}, which peft's format cannot hold; {remedy}"
-        if layer.mid is not None:
-            return f"{name} is a LoCon with a middle tensor, which peft's format cannot hold; {remedy}"
-        if layer.magnitude is not None and layer.magnitude.shape[0] != layer.flat_shape[0]:
-            return (
-                f"{name} is a DoRA with a norm for each input, which peft's format cannot hold; convert with --to kohya"
-            )
-    for component in sorted({name.split(".")[0] for name in layers}):
-        doras = {layers[name].magnitude is not None: name for name in layers if name.split(".")[0] == component}
-        if len(doras) == 2:
-            told = f"{doras[True]} is a DoRA and {doras[False]} is none"
-            return f"{told}; peft's format has one kind for all of {component}; convert with --to kohya"
-    return None
 
 
 def one_alpha(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None) -> tuple[dict[str, LoRALayer], float | None]:

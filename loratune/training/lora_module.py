@@ -17,7 +17,7 @@ from loratune.families.prompts import Prompts
 from loratune.families.save import configs_of
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, at_start, collect, inject, is_adapter, parameter_groups, put
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.tokens import Embedding, NewToken, add_tokens, check_new, initial_rows, rows_of, write_embedding
 from loratune.lora.verify import verify
 from loratune.training.diffusion_module import DiffusionModule

@@ -14,18 +14,12 @@ from loratune.families.base import base_hash
 from loratune.families.model import PREDICTION_KEY, ZERO_SNR_KEY, Model
 from loratune.families.save import configs_of
 from loratune.lora.inject import LoRA
-from loratune.lora.layers import LowRank
+from loratune.lora.kinds.known import maker_of
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.metadata import standard_metadata, tag_frequency
 from loratune.training.objectives import Objective
 
 RECIPE_KEY = "loratune.recipe"
-# What makes the layers of each kind, as sd-scripts' metadata call it, and its arguments.
-MODULES: dict[str, tuple[str, dict[str, str] | None]] = {
-    "lora": ("networks.lora", None),
-    "dora": ("lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
-    "loha": ("lycoris.kohya", {"algo": "loha"}),
-    "lokr": ("lycoris.kohya", {"algo": "lokr"}),
-}
 PREDICTIONS = {"eps": "epsilon"}
 
 
@@ -70,7 +64,7 @@ def standard(trainer: L.Trainer, model: Model, kind: str, layers: Mapping[str, L
         layers: of the adapter.
     """
     configs = configs_of(model)
-    maker, arguments = MODULES[kind]
+    maker, arguments = maker_of(kind)
     ranks, alphas = ({getattr(layer, key) for layer in layers.values()} for key in ("rank", "alpha"))
     data = getattr(trainer, "datamodule", None)
     return standard_metadata(

@@ -16,7 +16,7 @@ from PIL import Image
 from loratune.cli import main as command
 from loratune.cli.main import find, main, names
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 VERBS = [name for name in names() if name not in ("fit", "validate", "test")]
 NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"

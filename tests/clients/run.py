@@ -22,7 +22,7 @@ from PIL import Image
 
 from loratune.families.architectures import architectures, module_names, places
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from full_size import make_checkpoint

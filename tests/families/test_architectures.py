@@ -28,7 +28,7 @@ from loratune.families.known import family_of
 from loratune.families.sd import TEXT_PART
 from loratune.families.single_file import canonical_keys
 from loratune.formats.headers import Header, TensorInfo
-from loratune.lora.names import kohya_names
+from loratune.lora.tables.kohya import kohya_names
 
 DATA = Path(__file__).parent.parent / "headers"
 Shapes = dict[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ from loratune.families.save import write_single_file
 from loratune.families.weight_files import index_name, variants_of
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 HUB_ID = "owner/model-xl-1.0"

@@ -22,7 +22,7 @@ from loratune.families.save import configs_of, save_diffusers_folder, weights_of
 from loratune.families.sd import NewStableDiffusion
 from loratune.formats.files import write_safetensors
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 CAPTIONS = ["a red disc", "", "two words, " * 60]
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from loratune.errors import UserError
 from loratune.lora.algebra import (
-    Product,
     concatenate,
     distance,
     effective_rank,
@@ -23,9 +22,11 @@ from loratune.lora.algebra import (
     svd,
     tail,
     truncate,
-    whole,
 )
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank, Product
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 
 MANY = settings(max_examples=80, deadline=None)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 15), st.integers(0, 10**6))
@@ -165,7 +166,7 @@ def test_products_of_low_rank_stay_factored():
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_a_whole_matrix_is_a_product(m, n):
     matrix = rand(m, n)
-    found = whole(matrix)
+    found = Product.of(matrix)
     assert torch.equal(found.b @ found.a, matrix)
     assert found.rank == min(m, n)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from loratune.cli.main import main
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

@@ -15,7 +15,8 @@ from loratune.formats.headers import read_header
 from loratune.lora.algebra import factors
 from loratune.lora.convert import approximated
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoHaLayer, LoRALayer
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.reading import Source
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

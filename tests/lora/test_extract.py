@@ -15,7 +15,7 @@ from loratune.families.architectures import module_names
 from loratune.families.save import write_folder, write_single_file
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 ENDS = ("attn2.to_k", "resnets.0.conv1", "0.proj_in", "layers.1.self_attn.k_proj", "layers.0.mlp.fc1", "label_emb")
 Weights = dict[str, dict[str, Tensor]]

@@ -18,10 +18,12 @@ from loratune.errors import UserError
 from loratune.families.architectures import architectures, module_names
 from loratune.families.layout_text import canonical_text_name
 from loratune.formats.files import read_header, read_tensors
-from loratune.lora.file import LoRAFile, detect_format, read_lora, standard_metadata, write_lora
-from loratune.lora.layers import LoRALayer
-from loratune.lora.metadata import tag_frequency
-from loratune.lora.names import known_shapes, kohya_names
+from loratune.lora.file import LoRAFile, read_lora, write_lora
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.metadata import standard_metadata, tag_frequency
+from loratune.lora.names import known_shapes
+from loratune.lora.tables.known import detect_format
+from loratune.lora.tables.kohya import kohya_names
 
 DATA = Path(__file__).parent.parent / "headers"
 SD15 = module_names(architectures()["sd15"])
@@ -77,6 +79,7 @@ def test_kohya_folds_alphas_without_changing_what_a_layer_adds(tmp_path, lora, a
         name: LoRALayer(part.down, part.up, alpha)
         for (name, part), alpha in zip(lora.layers.items(), alphas, strict=False)
     }
+    assume(any(part.alpha != part.rank for part in held.values()))  # else alpha = r is written, without an entry
     write_lora(tmp_path / "a.safetensors", LoRAFile(held), "kohya")
     back = read_lora(tmp_path / "a.safetensors")
     assert len({part.alpha for part in back.layers.values()}) == 1
@@ -350,14 +353,17 @@ KOHYA = {
         ({"transformer.x_embedder.lora_A.weight": torch.ones(1)}, "a LoRA of a transformer"),
         ({"unet.down_blocks.0.attn1.processor.to_q_lora.down.weight": torch.ones(1, 1)}, "has no up tensor"),
         ({"unet:0:up": torch.ones(1, 1), "unet:0:down": torch.ones(1, 1)}, r"layers \(1 of unet\) fit neither"),
-        ({"unet:x:up": torch.ones(1, 1), "unet:x:down": torch.ones(1, 1)}, "'unet:x', which is no layer"),
+        ({"unet:x:up": torch.ones(1, 1), "unet:x:down": torch.ones(1, 1)}, "'unet:x' is no layer's number"),
         ({f"base_model.model.x.{key}": value for key, value in PAIR.items()}, "no layer of the architectures"),
         (
             {key.replace("conv_in", "new"): value for key, value in KOHYA.items()},
             "'lora_unet_new', which is no layer",
         ),
-        ({key.replace("unet.", "vae."): value for key, value in PEFT.items()}, "'vae.*is in none of"),
-        (dict(list(KOHYA.items())[:1]), "'lora_unet_conv_in', which has no up tensor"),
+        (
+            {key.replace("unet.", "vae."): value for key, value in PEFT.items()},
+            "'vae.*which is no layer of the arch",
+        ),
+        (dict(list(KOHYA.items())[:1]), "'lora_unet_conv_in': it has no up tensor; export"),
         (dict(list(PEFT.items())[1:]), "has no down tensor"),
         ({**PEFT, f"{BLOCK}.attn2.to_q.lora_B.weight": torch.ones(4, 3)}, r"down \(2, 3\) and up \(4, 3\)"),
         ({key: value.int() for key, value in PEFT.items()}, "a LoRA holds floating point numbers"),

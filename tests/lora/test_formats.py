@@ -18,8 +18,13 @@ from loratune.families.architectures import architectures, module_names
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.keys import describe_keys
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
-from loratune.lora.names import TABLES, base_kind, flat, inverted, known_names, known_shapes
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.names import base_kind, flat, known_shapes
+from loratune.lora.tables.known import TABLES, inverted, known_names
+from loratune.lora.tables.table import MAGNITUDE, Part
 
 NAMES = {family: module_names(architectures()[family]) for family in ("sd15", "sd2", "sdxl")}
 BLOCK = "unet.down_blocks.1.attentions.0.transformer_blocks.0"
@@ -92,10 +97,11 @@ def test_every_family_there_and_back(tmp_path, lora, format):
     back = read_lora(tmp_path / "a.safetensors")
     assert back == lora
     described = describe_keys(read_header(tmp_path / "a.safetensors"))
-    assert (described.format, described.unmapped) == (format, {})
+    assert (described.format, described.foreign, described.damaged) == (format, {}, {})
     for name, part in lora.layers.items():
         keys = described.layers[name]
-        assert (keys.kind, keys.rank, keys.flat_shape, keys.dora) == ("LoRA", part.rank, part.flat_shape, False)
+        assert (keys.kinds, keys.entries.rank, keys.entries.flat_shape) == (["LoRA"], part.rank, part.flat_shape)
+        assert not keys.dora
 
 
 @QUICK
@@ -136,11 +142,12 @@ def test_the_header_alone_tells_of_every_kind(tmp_path):
     }
     write_lora(tmp_path / "a.safetensors", LoRAFile(layers), "kohya")
     described = describe_keys(read_header(tmp_path / "a.safetensors"))
-    assert {name: keys.kind for name, keys in described.layers.items()} == {n: part.kind for n, part in layers.items()}
-    assert {name: keys.flat_shape for name, keys in described.layers.items()} == {
+    assert {name: keys.kind for name, keys in described.layers.items()} == {n: type(part) for n, part in layers.items()}
+    assert {name: keys.entries.flat_shape for name, keys in described.layers.items()} == {
         name: part.flat_shape for name, part in layers.items()
     }
-    assert [described.layers[name].rank for name in layers] == [2, 3, 2, 2, None]
+    assert [described.layers[name].entries.rank for name in layers] == [2, 3, 2, 2, 1]
+    assert [described.layers[name].entries.ranked for name in layers] == [True] * 4 + [False]
     assert [described.layers[name].dora for name in layers] == [False] * 4 + [True]
 
 
@@ -154,7 +161,7 @@ def test_keys_that_do_not_map_are_told_each(tmp_path):
     save_file({**tensors, "x": torch.ones(1)}, tmp_path / "a.safetensors")
     described = describe_keys(read_header(tmp_path / "a.safetensors"))
     assert list(described.layers) == ["unet.conv_in"]
-    assert sorted(described.unmapped) == ["lora_unet_new.lora_down.weight", "x"]
+    assert sorted(described.foreign) == ["lora_unet_new.lora_down.weight", "x"]
 
 
 def test_tables_are_read_without_torch():
@@ -164,13 +171,14 @@ def test_tables_are_read_without_torch():
 
 @pytest.mark.parametrize("format", ["kohya", "peft", "diffusers"])
 def test_no_name_of_a_layer_stands_for_two(format):
-    assert all(len(found) == 1 for found in known_names(format).values())
-    assert {found[0] for found in known_names(format).values()} == {name for names in NAMES.values() for name in names}
+    names = known_names(TABLES[format])
+    assert all(len(found) == 1 for found in names.values())
+    assert {found[0] for found in names.values()} == {name for names in NAMES.values() for name in names}
 
 
 def test_the_first_ending_of_a_part_is_written():
-    assert TABLES["peft"].suffixes[TABLES["peft"].parts[".lora_magnitude_vector"]] == (".lora_magnitude_vector.weight")
-    assert TABLES["kohya"].suffixes[TABLES["kohya"].parts[".hada_t1"]] == ".hada_t1"
+    assert TABLES["peft"].suffix(MAGNITUDE) == ".lora_magnitude_vector.weight"
+    assert TABLES["kohya"].suffix(Part("LoHa", "t1")) == ".hada_t1"
     assert inverted(TABLES["old diffusers"], ["unet.conv_in"]) == {}
 
 
@@ -266,9 +274,13 @@ def test_an_adapter_that_could_be_of_two_text_encoders_is_refused(tmp_path):
     given = {f"{TEXT}.q_proj"}  # a base with one text encoder
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1}')
     assert list(read_lora(tmp_path / "adapter_model.safetensors", given).layers) == [f"{TEXT}.q_proj"]
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1, "alpha_pattern": {".*q": 3}}')
-    with pytest.raises(UserError, match="the regular expression"):
-        read_lora(tmp_path / "adapter_model.safetensors", given)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1, "alpha_pattern": {".*q_(proj|x)": 3}}')
+    assert read_lora(tmp_path / "adapter_model.safetensors", given).layers[f"{TEXT}.q_proj"].alpha == 3
+    for pattern in ("(a|a)*q", "(a+)+$", ".*.*.*q", "(", "a{9999999999}"):
+        config = json.dumps({"lora_alpha": 1, "alpha_pattern": {pattern: 3}})
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(UserError, match="the regular expression"):
+            read_lora(tmp_path / "adapter_model.safetensors", given)
 
 
 def first_format(

@@ -19,7 +19,8 @@ from loratune.formats.headers import TensorInfo, header_bytes
 from loratune.lora.compare import block_of, difference, sizes_by_block
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.fits import bases, fitting, layer_names, shapes_for
-from loratune.lora.layers import LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.names import flat
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from loratune.errors import UserError
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, at_start, collect, factors, inject, parameter_groups, put
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.training.lora_module import LoRAModule
 from loratune.training.schedules import LRSchedule, optimizer_and_schedule
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

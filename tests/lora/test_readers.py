@@ -16,8 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loratune.families.layout_text import canonical_text_name
 from loratune.formats.headers import read_header
-from loratune.lora.original_keys import read_keys
-from loratune.lora.readers import CHANGED, NOTHING, PART, READS, REFUSED, UNKNOWN, WHOLE, verdicts
+from loratune.lora.readers import CHANGED, NOTHING, PART, READS, REFUSED, UNKNOWN, WHOLE, read_keys, verdicts
 
 UNET = {
     "block_out_channels": [8, 16],

@@ -17,7 +17,7 @@ from loratune.families.architectures import module_names
 from loratune.families.layout_text import canonical_text_name
 from loratune.formats.headers import read_header
 from loratune.lora.file import LoRAFile, read_lora, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 

@@ -18,7 +18,10 @@ from loratune.families.base import Base
 from loratune.families.load import load_model
 from loratune.lora.file import LoRAFile, read_lora, write_lora
 from loratune.lora.inject import LoRA, adapted_layers, switch
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.lora.verify import verify
 from loratune.recipe.run import run as run_recipe

@@ -17,7 +17,7 @@ from loratune.families.model import PREDICTION_KEY, ZERO_SNR_KEY
 from loratune.families.pixels import PixelDDPM
 from loratune.families.sampling import make_scheduler
 from loratune.lora.file import LoRAFile, write_lora
-from loratune.lora.layers import LoRALayer
+from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.load import load_with
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule

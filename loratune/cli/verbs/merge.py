@@ -28,7 +28,8 @@ def merge(
             longest matching name counts); repeat it to add several.
         out: a .safetensors file (U-Net, text encoders and VAE in one), or a folder in diffusers' layout.
         exact: compute in float64 instead of float32.
-        allow_partial: leave out the LoRA layers that the base lacks, instead of refusing the LoRA.
+        allow_partial: leave out what is not read of a LoRA (norms, tokens, unknown keys) and the layers that the base
+            lacks or has in another shape, and name each, instead of refusing the LoRA.
         in_place: allow --out to be the base itself; it is replaced once the new one is complete.
         unmerge: subtract the LoRAs, and say how far rounding leaves the result from the original base.
         json: print what was done as JSON.
@@ -47,8 +48,10 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     if report["blocks"]:
         yield from _table(report)
     for lora in report["loras"]:
-        left = f", {len(lora['unmatched'])} not in the base" if lora["unmatched"] else ""
+        left = f", {len(lora['unmatched'])} left out" if lora["unmatched"] else ""
         yield f"{lora['file']}: {lora['matched']} of {lora['layers']} layers matched{left}"
+        yield from (f"  left out: {name}, which the base lacks or has in another shape" for name in lora["unmatched"])
+        yield from (f"  left out: {key!r}, which {reason}" for key, reason in lora["left out"].items())
     if report["unmerge"]:
         most, mean = report["differ at most"], report["differ expected"]
         share = _share(report["may differ"], report)

@@ -6,47 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 from loratune.errors import UserError
+from loratune.lora.file import LoRAFile
+from loratune.lora.kinds.layer import LowRank
 from loratune.lora.merge.request import Given
 
-if TYPE_CHECKING:
-    from loratune.lora.layers import LowRank
-    from loratune.lora.plain import PlainLayer
-
-AnyLayer: TypeAlias = "PlainLayer | LowRank"
 SHOWN = 3  # layers that a message names
 
 
-class Layer(Protocol):
-    """What a LoRA file holds for one layer."""
-
-    @property
-    def flat_shape(self) -> tuple[int, int]:
-        """(out, in k k) of the W_0 that it was made for."""
-        ...
-
-
-L = TypeVar("L", bound=Layer)
-Read = TypeVar("Read", bound=Layer, covariant=True)
-
-
-class Layered(Protocol[Read]):
-    """A LoRA that was read."""
-
-    @property
-    def layers(self) -> Mapping[str, Read]:
-        """By canonical name."""
-        ...
-
-
 @dataclass(frozen=True)
-class Weighted(Generic[Read]):
+class Weighted:
     """A LoRA and how strongly it counts."""
 
     given: Given
-    file: Layered[Read]
+    file: LoRAFile
 
     @property
     def path(self) -> Path:
@@ -60,54 +34,56 @@ class Weighted(Generic[Read]):
 
 
 @dataclass
-class Matches(Generic[L]):
+class Matches:
     """The layers of LoRAs in a base.
 
     Args:
         terms: weights and layers by canonical name of the base's layer.
-        unmatched: by LoRA in their order: canonical names of the layers that the base lacks.
+        unmatched: by LoRA in their order: canonical names of the layers that the base lacks, or has in another shape.
     """
 
-    terms: dict[str, list[tuple[float, L]]] = field(default_factory=dict)
+    terms: dict[str, list[tuple[float, LowRank]]] = field(default_factory=dict)
     unmatched: list[list[str]] = field(default_factory=list)
 
 
 def terms_by_layer(
-    loras: Sequence[Weighted[L]], shapes: Mapping[str, Sequence[int]], partial: bool = False, sign: int = 1
-) -> Matches[L]:
+    loras: Sequence[Weighted], shapes: Mapping[str, Sequence[int]], partial: bool = False, sign: int = 1
+) -> Matches:
     """The terms for each layer of a base.
 
     Args:
         loras: what is added.
         shapes: shape of W_0 by canonical layer name.
-        partial: leave out the layers that the base lacks.
+        partial: leave out the layers that the base lacks, or has in another shape, if they are not most of them.
         sign: -1 to subtract.
 
     Raises:
         UserError: a LoRA has a layer that the base lacks or that has another shape there, or not one that it has.
     """
-    made: Matches[L] = Matches()
+    matches = Matches()
     for lora in loras:
-        lacking = [name for name in lora.file.layers if name not in shapes]
-        if lacking and (not partial or len(lacking) == len(lora.file.layers)):
-            raise UserError(f"{lora.path}: made for another base: {_lacking(lacking, len(lora.file.layers))}")
-        made.unmatched.append(lacking)
+        faults = {name: fault for name, layer in lora.file.layers.items() if (fault := _fault(name, layer, shapes))}
+        if faults and (not partial or 2 * len(faults) > len(lora.file.layers)):
+            raise UserError(f"{lora.path}: does not fit this base: {_told(faults, len(lora.file.layers))}")
+        matches.unmatched.append(list(faults))
         for name, layer in lora.file.layers.items():
-            if name in shapes:
-                _check_shape(lora.path, name, layer, tuple(shapes[name]))
-                made.terms.setdefault(name, []).append((sign * lora.given.weight_of(name), layer))
-    return made
+            if name not in faults:
+                matches.terms.setdefault(name, []).append((sign * lora.given.weight_of(name), layer))
+    return matches
 
 
-def _lacking(names: Sequence[str], count: int) -> str:
-    more = f" (and {len(names) - SHOWN} more)" if len(names) > SHOWN else ""
-    told = f"this one has no layer {', '.join(names[:SHOWN])}{more}"
-    if len(names) == count:
-        return f"{told}, nor any other of its {count}"
-    return f"{told}; --allow-partial leaves them out, and merges the other {count - len(names)}"
-
-
-def _check_shape(path: Path, name: str, layer: Layer, shape: tuple[int, ...]) -> None:
+def _fault(name: str, layer: LowRank, shapes: Mapping[str, Sequence[int]]) -> str:
+    if name not in shapes:
+        return f"it has no layer {name}"
+    shape = tuple(shapes[name])
     if layer.flat_shape != (shape[0], math.prod(shape[1:])):
-        told = f"{name} is {list(layer.flat_shape)}, the base's {list(shape)}"
-        raise UserError(f"{path}: made for another base: {told}")
+        return f"{name} is {list(layer.flat_shape)}, the base's {list(shape)}"
+    return ""
+
+
+def _told(faults: Mapping[str, str], count: int) -> str:
+    more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
+    some = f"{'; '.join([*faults.values()][:SHOWN])}{more}"
+    if 2 * len(faults) > count:
+        return f"{some}; {count - len(faults)} of its {count} layers fit, and --allow-partial needs half of them"
+    return f"{some}; --allow-partial leaves them out, and merges the other {count - len(faults)}"

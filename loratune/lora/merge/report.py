@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from loratune.lora.merge.request import Request, block_of
 
 if TYPE_CHECKING:
-    from loratune.lora.merge.match import AnyLayer, Matches, Weighted
-    from loratune.lora.merge.stream import Tally
+    from loratune.lora.merge.arithmetic import Tally
+    from loratune.lora.merge.match import Matches, Weighted
 
 
 def report_of(
     asked: Request,
-    loras: Sequence[Weighted[AnyLayer]],
-    found: Matches[AnyLayer],
+    loras: Sequence[Weighted],
+    found: Matches,
     tallies: Mapping[str, Tally],
     tensors: int,
 ) -> dict[str, Any]:
     """What merging did, as JSON has it."""
-    from loratune.lora.merge.stream import Tally
+    from loratune.lora.merge.arithmetic import Tally
 
     blocks: dict[str, Tally] = {}
     for name, tally in tallies.items():
@@ -39,6 +39,7 @@ def report_of(
                 "layers": len(one.file.layers),
                 "matched": len(one.file.layers) - len(lacking),
                 "unmatched": lacking,
+                "left out": one.file.left_out,
             }
             for one, lacking in zip(loras, found.unmatched, strict=True)
         ],

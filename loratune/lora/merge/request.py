@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ SHORT = {
 # Blocks that hold others.
 WIDER = {"te1": "te", "te2": "te", "down": "unet", "mid": "unet", "up": "unet"}
 BLOCK = re.compile(r"([A-Za-z][\w.]*)=([^:=,/]*)")
-# Where a layer's name ends in a LoRA file's key.
-ENDS = re.compile(r"\.(lora[_.]|alpha$|hada_|lokr_|dora_scale|processor\.|oft_|diff)")
-BEGINNINGS = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "text_encoder_2_", "text_encoder_", "unet_")
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,10 @@ def parse(text: str) -> Given:
     if not path.exists() and ":" in head:
         name, _, number = head.rpartition(":")
         path, weight = Path(name), _number(text, number, f"write FILE:WEIGHT, such as {name}:0.8")
-    if path.suffix not in (".safetensors", "") and path.exists():
-        raise UserError(f"{path}: only .safetensors files are loaded; this may be a pickle, which can run any code")
+    if path.suffix.lower() not in (".safetensors", "") and path.exists():
+        raise UserError(
+            f"{path}: its name ends in {path.suffix}; only .safetensors files are loaded, so save it as one"
+        )
     return Given(path, weight, blocks)
 
 
@@ -135,29 +134,6 @@ def check_blocks(given: Given, names: Collection[str]) -> None:
             known = sorted({block_of(name) for name in names})
             told = f"there are te, unet, down, up, {', '.join(known)} and what lies in them"
             raise UserError(f"--lora {given.path}: the base has no block {block!r}; {told}")
-
-
-def mentioned(keys: Iterable[str], names: Mapping[str, str]) -> set[str]:
-    """The layers that a LoRA file's keys seem to be for: a guess from their spelling, for what is copied first.
-
-    Args:
-        keys: of the LoRA file.
-        names: other name (the original layout's, or the same) by canonical name of the base's layers.
-
-    Returns:
-        Canonical names; all of them where a key is of no layer.
-    """
-    table: dict[str, set[str]] = {}
-    for name, other in names.items():
-        for called in (name.partition(".")[2], other):
-            table.setdefault(called.replace(".", "_"), set()).add(name)
-    found: set[str] = set()
-    for stem in {ENDS.split(key)[0].replace(".", "_") for key in keys}:
-        start = next((start for start in BEGINNINGS if stem.startswith(start)), "")
-        if (plain := stem.removeprefix(start)) not in table:
-            return set(names)
-        found |= table[plain]
-    return found
 
 
 @dataclass(frozen=True)

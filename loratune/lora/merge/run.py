@@ -1,6 +1,6 @@
 """LoRAs added to a checkpoint, or taken out again.
 
-numpy is loaded while the copy is under way; torch is not at all, unless a LoRA is of a kind that needs it.
+numpy is loaded while the copy is under way; torch is not at all, but for 8-bit numbers.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import UserError
-from loratune.families.architectures import module_names, original_names
+from loratune.families.architectures import module_names
 from loratune.families.base import Base
 from loratune.families.slots import Slot
 from loratune.families.weight_files import index_name, index_of
 from loratune.formats.atomic import atomic_folder, atomic_path
 from loratune.formats.headers import PICKLE_SUFFIXES, read_header
 from loratune.formats.streaming import Output, Range, Writer, check_space, joined, opened, opened_copy, without
+from loratune.lora.keys import describe_keys
 from loratune.lora.merge.report import Bar, report_of
-from loratune.lora.merge.request import Request, check_blocks, mentioned
+from loratune.lora.merge.request import Request, check_blocks
 
 if TYPE_CHECKING:
-    from loratune.lora.file import LoRAFile
-    from loratune.lora.merge.match import AnyLayer, Matches, Weighted
-    from loratune.lora.merge.stream import Tally
-    from loratune.lora.plain import PlainFile
+    from loratune.lora.merge.arithmetic import Tally
+    from loratune.lora.merge.match import Matches, Weighted
 
 MERGES_KEY = "loratune.merged"
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -82,8 +81,8 @@ def noted(metadata: Mapping[str, str], note: Mapping[str, Any]) -> dict[str, str
     return {**metadata, MERGES_KEY: jsons.dumps([*merges, note])}
 
 
-class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the LoRAs' keys was wrong)
-    """Other components are changed than was thought when writing began."""
+class _OtherParts(Exception):  # noqa: N818 (it is no error)
+    """Other components are changed than the LoRAs' keys said: layers of zeros among them, or weights of 0."""
 
     def __init__(self, parts: set[str]) -> None:
         self.parts = parts
@@ -91,9 +90,9 @@ class _OtherParts(Exception):  # noqa: N818 (it is no error: the guess from the 
 
 def _streamed(asked: Request) -> dict[str, Any]:
     """Merge into what the base is: a file into a file, a folder into a folder."""
-    base, keys = asked.base, [key for one in asked.given for key in read_header(one.path).tensors]
-    originals = original_names(base.configs)
-    guessed = mentioned(keys, {name: originals.get(name, name) for name in base.layers})
+    base, names = asked.base, module_names(asked.base.configs)
+    layers = {name for one in asked.given for name in describe_keys(read_header(one.path), names).layers}
+    guessed = layers & base.layers.keys()
     try:
         return _attempt(asked, guessed, _parts_of(base, guessed))
     except _OtherParts as other:
@@ -219,28 +218,18 @@ def _load_numpy() -> None:
             os.environ[BLAS_THREADS] = before
 
 
-def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted[AnyLayer]], Matches[AnyLayer]]:
+def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[Weighted], Matches]:
     """The LoRAs, read, and their layers in the base."""
+    from loratune.lora.file import read_layers
     from loratune.lora.merge.match import Weighted, terms_by_layer
 
     names = module_names(asked.base.configs)
-    loras: list[Weighted[AnyLayer]] = [Weighted(one, _read(one.path, names)) for one in asked.given]
+    loras = [Weighted(one, read_layers(one.path, names, partial=asked.allow_partial)) for one in asked.given]
     for one in loras if asked.unmerge else []:
         if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
             told = "is a DoRA, whose change depends on the W_0 that is wanted back"
             raise UserError(f"{one.path}: {dora[0]} {told}; it cannot be unmerged")
     return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
-
-
-def _read(path: Path, names: Sequence[str]) -> PlainFile | LoRAFile:
-    """A LoRA, by torch only where it is more than plain, or has a fault that must be told."""
-    from loratune.lora.plain import read_plain
-
-    if (plain := read_plain(path, names)) is not None:
-        return plain
-    from loratune.lora.file import read_lora
-
-    return read_lora(path, names)
 
 
 def _converted(asked: Request) -> dict[str, Any]:
@@ -249,7 +238,7 @@ def _converted(asked: Request) -> dict[str, Any]:
 
     from loratune.families.save import write_settings, write_single_file
     from loratune.formats.files import dtype_name, write_safetensors
-    from loratune.lora.merge.stream import checked
+    from loratune.lora.merge.arithmetic import checked
 
     asked.base.require_whole("writing it in the other layout")
     path, configs, weights = asked.base.path, asked.base.configs, asked.base.weights()

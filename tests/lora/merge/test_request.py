@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from loratune.errors import UserError
-from loratune.families.architectures import architectures, module_names, original_names
-from loratune.lora.merge.request import Given, block_of, check_blocks, mentioned, parse, short, within
-from loratune.lora.names import TABLES, known_names
+from loratune.families.architectures import architectures, module_names
+from loratune.lora.merge.request import Given, block_of, check_blocks, parse, short, within
 
 DOWN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 UP = "unet.up_blocks.3.resnets.1.conv1"
@@ -101,19 +98,3 @@ def test_a_block_that_the_base_lacks_is_told() -> None:
     for block in ("te2", "down.9", "middle", "IN01"):
         with pytest.raises(UserError, match=rf"--lora a: the base has no block '{block}'; there are te, .*up\.3"):
             check_blocks(Given(Path("a"), 1.0, {block: 1}), names)
-
-
-@pytest.mark.parametrize("architecture", ["sd15", "sd2", "sdxl"])
-@pytest.mark.parametrize("format", [name for name in TABLES if name != "cloneofsimo"])
-def test_the_guess_from_keys_has_every_layer_of_the_file(architecture: str, format: str) -> None:
-    """What is guessed too little is copied first and then written again: right, but slower."""
-    configs: dict[str, Any] = architectures()[architecture]
-    names, originals = module_names(configs), original_names(configs)
-    others = {name: originals.get(name, name) for name in names}
-    ends: Callable[[str], str] = lambda key: next(iter(TABLES[format].suffixes.values()))  # noqa: E731
-    wanted = set(names[:: len(names) // 40])
-    spelt = {name: [raw for raw, canonical in known_names(format).items() if name in canonical] for name in wanted}
-    for number in range(2):
-        chosen = [raws[number % len(raws)] for raws in spelt.values() if raws]
-        assert wanted <= mentioned([f"{raw}{ends(raw)}" for raw in chosen], others) or not chosen
-    assert mentioned(["something.else.alpha"], others) == set(names)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +14,14 @@ from torch import Tensor
 from loratune.errors import UserError
 from loratune.formats.files import DTYPES, write_safetensors
 from loratune.formats.numbers import FLOATS, spacing, widened
-from loratune.lora.layers import LoHaLayer, LoKrLayer, LoRALayer, LowRank
-from loratune.lora.merge.stream import BLOCK, Buffers, Term, checked, merged, turned
-from loratune.lora.plain import PlainLayer, read_plain
+from loratune.lora.file import read_layers
+from loratune.lora.kinds.layer import LowRank
+from loratune.lora.kinds.loha import LoHaLayer
+from loratune.lora.kinds.lokr import LoKrLayer
+from loratune.lora.kinds.lora import LoRALayer
+from loratune.lora.merge.arithmetic import BLOCK, Term, checked, merged
+from loratune.lora.merge.memory import stored
+from loratune.lora.merge.stream import Buffers, turned
 
 Random = Callable[..., Tensor]
 
@@ -80,23 +84,21 @@ def reference(w: Tensor, layer: LowRank) -> Tensor:
     return m * v / v.square().sum(over, keepdim=True).sqrt() - w
 
 
-def plain(path: Path, layer: LowRank) -> PlainLayer:
+def plain(path: Path, layer: LowRank) -> LowRank:
     """The same layer as a file of plain ones has it."""
     query = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
     parts = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
     stem = f"lora_{query.replace('.', '_')}"
     tensors = {f"{stem}{parts[name]}": value for name, value in layer.tensors().items()}
     write_safetensors(path, {**tensors, f"{stem}.alpha": torch.tensor(layer.alpha)}, {})
-    found = read_plain(path)
-    assert found is not None
-    return found.layers[query]
+    return read_layers(path).layers[query]
 
 
 def run(w: Tensor, dtype: str, terms: Sequence[Term], **set_to: bool) -> tuple[Tensor, Any]:
     """The merged weight, and the tally."""
     new = w.to(DTYPES[dtype]).clone()
     raw = new.reshape(-1).view(torch.uint8).numpy()
-    return new, merged(raw, dtype, tuple(w.shape), terms, **set_to)
+    return new, merged(raw, dtype, tuple(w.shape), [(weight, stored(layer)) for weight, layer in terms], **set_to)
 
 
 def off_by(found: Tensor, wanted: Tensor, dtype: str) -> float:
@@ -134,18 +136,15 @@ def test_8_bit_bases(dtype: str) -> None:
     assert torch.equal(found.float(), (w.float() + layer.change(w.float())).to(DTYPES[dtype]).float())
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "LoRA conv", "LoRA Tucker"])
-def test_numpy_adds_what_torch_does(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", all_kinds())
+@pytest.mark.parametrize("exact", [False, True])
+def test_numpy_adds_what_torch_does(kind: str, exact: bool) -> None:
     shape, layer = all_kinds()[kind]
     w = random_of(1)(*shape)
-    other = lora(random_of(5), shape[0], int(np.prod(shape[1:])))
-    # Both ways, also one after the other: the order of the sum is that of the LoRAs.
-    files = [plain(tmp_path / f"{number}.safetensors", one) for number, one in enumerate((layer, other))]
-    if len(shape) > 2:
-        other = LoRALayer(other.down.reshape(4, *shape[1:]), other.up[:, :, None, None], other.alpha)
-    whole, _ = run(w, "F32", [(0.5, layer), (-1.0, other)])
-    found, _ = run(w, "F32", [(0.5, files[0]), (-1.0, files[1])])
-    assert torch.allclose(found, whole, rtol=1e-6, atol=1e-5)
+    wide = torch.float64 if exact else torch.float32
+    found, _ = run(w, "F32", [(0.5, layer)], exact=exact)
+    wanted = (w.to(wide) + 0.5 * layer.change(w.to(wide))).float()
+    assert torch.allclose(found, wanted, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-5)
 
 
 def test_several_are_rounded_once(tmp_path: Path) -> None:
@@ -197,9 +196,9 @@ def test_what_is_not_finite_is_told() -> None:
     ):
         raw = values.half().view(torch.uint8).reshape(-1).numpy().copy()
         with pytest.raises(UserError, match=rf"base: 'key' .*{told}"):
-            checked(raw, "F16", (6, 8), [(weight, layer)], "base: 'key'")
+            checked(raw, "F16", (6, 8), [(weight, stored(layer))], "base: 'key'")
     raw = (w * 6e4).half().view(torch.uint8).reshape(-1).numpy().copy()
-    assert checked(raw, "F16", (6, 8), [(5e3, layer)], "base").beyond == 0
+    assert checked(raw, "F16", (6, 8), [(5e3, stored(layer))], "base").beyond == 0
     assert widened(raw, "F16").max() == 64992  # the norms alone would not tell
 
 

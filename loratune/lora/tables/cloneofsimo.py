@@ -15,6 +15,8 @@ from itertools import product
 from typing import Any
 
 from loratune.lora.names import flat, known_shapes
+from loratune.lora.tables.table import DOWN, UP, Table
+from loratune.lora.tables.table import Sizes as Named
 
 DEFAULT_CLASSES = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}
 # The children of each class of module that were adapted, in the order of its constructor.
@@ -39,11 +41,11 @@ SIDES = ("down_blocks", "up_blocks", "mid_block")
 Sizes = Mapping[int, tuple[int, int]]
 
 
-def numbered(sizes: Mapping[str, Sizes], metadata: Mapping[str, str]) -> dict[str, str]:
+def numbered(layers: Named, metadata: Mapping[str, str]) -> dict[str, str]:
     """The canonical names of numbered layers.
 
     Args:
-        sizes: (out, in k k) by component and number.
+        layers: (out, in k k) by `component:number`.
         metadata: the file's.
 
     Returns:
@@ -52,6 +54,12 @@ def numbered(sizes: Mapping[str, Sizes], metadata: Mapping[str, str]) -> dict[st
     Raises:
         ValueError: the metadata names a class that is not known, or no order of layers fits the shapes.
     """
+    sizes: dict[str, dict[int, tuple[int, int]]] = {}
+    for raw, size in layers.items():
+        component, _, number = raw.rpartition(":")
+        if not number.isdecimal():
+            raise ValueError(f"{raw!r} is no layer's number")
+        sizes.setdefault(component, {})[int(number)] = size
     classes = {component: _classes(component, metadata) for component in sizes}
     for name, shapes in known_shapes().items():
         if "sdxl" in name or "inpainting" in name:
@@ -109,3 +117,6 @@ def _fit(names: list[str], sizes: Sizes, shapes: Mapping[str, Any]) -> bool:
     if sorted(sizes) != list(range(len(names))):
         return False
     return all(flat(shapes[name]) == sizes[index] for index, name in enumerate(names))
+
+
+CLONEOFSIMO = Table("cloneofsimo", r"^\w+:\w+$", {":down": DOWN, ":up": UP}, lambda name: (), number=numbered)
