@@ -79,11 +79,12 @@ def _run(words: Sequence[str]) -> int:
         print(__version__)
         return 0
     verb = find(words[0])
-    from loratune.cli.parser import run_verb
+    from loratune.cli.parser import arguments
     from loratune.cli.quiet import quiet
 
     quiet()
-    return run_verb(verb, words[1:])
+    places, options = arguments(verb, words[1:])
+    return verb(*places, **options) or 0
 
 
 if __name__ == "__main__":

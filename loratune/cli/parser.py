@@ -9,9 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from loratune.errors import UserError
+
+ALLOW_CODE = "--allow-code"
+"""Lets a recipe name code of any module; without it only classes of the libraries that are known."""
 
 Verb = Callable[..., int | None]
 
@@ -21,20 +24,22 @@ def is_of_a_recipe(verb: Verb) -> bool:
     return any(each.kind is each.VAR_POSITIONAL for each in inspect.signature(verb).parameters.values())
 
 
-def run_verb(verb: Verb, words: Sequence[str]) -> int:
-    """Call a verb with what the words say; returns its exit code.
+def arguments(verb: Verb, words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """What a verb is called with, for the words of a command line.
 
     Raises:
         UserError: the words are not of its signature.
     """
     parameters = inspect.signature(verb).parameters.values()
     if all(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return verb(*words) or 0
+        return list(words), {}
     words, overrides = overridden(words) if is_of_a_recipe(verb) else (list(words), [])
     by_place = [each.name for each in parameters if each.kind is each.POSITIONAL_ONLY]
+    # As types, since jsonargparse imports all that a file imports for its checker alone to read them as text.
+    verb.__annotations__.update(get_type_hints(verb))
     parser = _parser(verb, by_place)
     values = parser.instantiate_classes(parser.parse_args(_words(verb, words))).as_dict()
-    return verb(*(values.pop(name) for name in by_place), *overrides, **values) or 0
+    return [*(values.pop(name) for name in by_place), *overrides], values
 
 
 def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
@@ -61,13 +66,13 @@ def _parser(verb: Verb, by_place: Sequence[str]) -> Any:
 
 
 def overridden(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without those that override a recipe's keys, such as --data.resolution 512, and these."""
+    """Words without those for the recipe's parser (keys such as --data.resolution 512, --allow-code), and these."""
     rest: list[str] = []
     keys: list[str] = []
     pending = False
     for word in words:
         key = word.startswith("--") and ("." in word.partition("=")[0] or word.startswith("--seed_everything"))
-        (keys if key or pending else rest).append(word)
+        (keys if key or pending or word == ALLOW_CODE else rest).append(word)
         pending = key and "=" not in word
     return rest, keys
 
@@ -84,11 +89,11 @@ def _words(verb: Verb, words: Sequence[str]) -> list[str]:
     for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
-        kind = str(verb.__annotations__.get(key)) if flag.startswith("--") else "None"
-        if kind == "None":
+        kind = verb.__annotations__.get(key) if flag.startswith("--") else None
+        if kind is None:
             typed.append(word)
-        elif kind == "bool" and not equals and after not in ("true", "false"):
+        elif kind is bool and not equals and after not in ("true", "false"):
             typed.append(f"--{key}=true")
         else:
-            typed.append(f"--{key}{'+' if kind.startswith('list[') else ''}{equals}{value}")
+            typed.append(f"--{key}{'+' if str(kind).startswith('list[') else ''}{equals}{value}")
     return typed

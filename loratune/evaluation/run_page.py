@@ -14,6 +14,7 @@ from loratune.evaluation.curves import Series, bars, chart, number, smooth
 from loratune.evaluation.figures import FOLDER
 from loratune.evaluation.page import Card, Page, Shown, render
 from loratune.evaluation.strips import FIGURES
+from loratune.families.blocks import order_of
 from loratune.formats.atomic import atomic_path, tolerated
 from loratune.runs.folder import RECIPE, REPORT
 from loratune.runs.history import FILE, Curves, curves, notes, read
@@ -102,7 +103,7 @@ def _cards(lines: Curves) -> list[Card]:
     levels = [Series(f"t = {name.rpartition('_t')[2]}", points) for name, points in picked(r"held_out/gap_t\d+")]
     drift = [Series("neutral prompts", points) for _, points in picked("drift")]
     norms = sorted(
-        ((name[5:], points[-1][1]) for name, points in picked("norm/.*")), key=lambda series: _depth(series[0])
+        ((name[5:], points[-1][1]) for name, points in picked("norm/.*")), key=lambda series: order_of(series[0])
     )
     rates = [Series(name.removeprefix("train/"), points) for name, points in picked(r"(train/)?lr.*")]
     gradient = [Series("each", points, faint=True, colour=0) for _, points in picked("train/grad_norm")]
@@ -130,14 +131,6 @@ def _cards(lines: Curves) -> list[Card]:
     rest = [name for name in sorted(lines) if name not in used and name not in ("epoch", "train/steps_per_second")]
     rest = [name for name in rest if any(value for _, value in lines[name])]  # such as the number of skipped steps
     return [*cards, *(Card(name, chart(_noisy(name, lines[name]))) for name in rest)]
-
-
-def _depth(block: str) -> tuple[str, int, str]:
-    """Blocks in the order in which the network runs through them."""
-    component, _, name = block.partition(".")
-    order = ("conv_in", "time_", "add_", "down", "mid", "up", "conv_out")
-    place = next((at for at, start in enumerate(order) if name.startswith(start)), len(order))
-    return component, place, re.sub(r"\d+", lambda match: match[0].zfill(4), name)
 
 
 def _noisy(name: str, points: list[tuple[int, float]]) -> list[Series]:

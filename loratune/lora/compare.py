@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 
 from loratune.errors import UserError
+from loratune.families.blocks import block_of
 from loratune.lora.algebra import distance, effective_rank, factors, inner, norm, spectrum
 from loratune.lora.kinds.layer import LowRank
 
 Layers = Mapping[str, LowRank]
-
-
-def block_of(name: str) -> str:
-    """The block that a layer is in: unet.down_blocks.1, unet.mid_block, text_encoder.text_model."""
-    parts = name.split(".")
-    return ".".join(parts[: 3 if "_blocks" in parts[1] else 2])
 
 
 def sizes_by_block(layers: Iterable[tuple[str, LowRank]]) -> dict[str, dict[str, float]]:

@@ -7,19 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from loratune.families.blocks import block_of
 from loratune.lora.algebra import factors, inner
 from loratune.lora.kinds.layer import LowRank
-
-
-def block_of(name: str) -> str:
-    """The block of a canonical layer name: unet.down_blocks.0, unet.mid_block, text_encoder.layers.3."""
-    component, *parts = name.split(".")
-    while parts and parts[0] in ("text_model", "encoder"):
-        parts = parts[1:]
-    if not parts:
-        return component
-    numbered = len(parts) > 1 and parts[1].isdigit()
-    return ".".join([component, *parts[: 2 if numbered else 1]])
 
 
 def norms_by_block(layers: Mapping[str, LowRank]) -> dict[str, float]:

@@ -19,10 +19,10 @@ from loratune.evaluation.samples import SampleGrid
 from loratune.families.load import without_weights
 from loratune.planning.footprint import Rules, imagine, peak, state_bytes, step, weight_bytes
 from loratune.recipe.parse import RecipeCLI
+from loratune.recipe.rules import FROM_BASE
 from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
-from loratune.training.memory import FROM_BASE
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LOOKED_AT = 1000

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-from jsonargparse import _common, set_parsing_settings
+from jsonargparse import Namespace, _common, set_parsing_settings
 
 KNOWN = (
     *("loratune", "lightning", "torch.optim", "torch.distributed.fsdp"),
     *("bitsandbytes.optim", "prodigyopt", "schedulefree", "transformers.optimization"),
 )
 """Modules whose classes may be named; each place takes only those that are of its type."""
+
+
+def functions(value: Any) -> Iterator[str]:
+    """The functions, but no classes, that a parsed recipe hands over to be called, by their import paths."""
+    if isinstance(value, Namespace | Mapping):
+        for part in vars(value).values() if isinstance(value, Namespace) else value.values():
+            yield from functions(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from functions(part)
+    elif inspect.isroutine(value) or isinstance(value, partial):
+        value = value.func if isinstance(value, partial) else value
+        yield f"{value.__module__}.{value.__qualname__}"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loratune.errors import visible
 from loratune.recipe.reader import compose, walk
 
 
@@ -33,6 +34,15 @@ def entries_of(recipes: Sequence[Path]) -> list[Entry]:
     ]
 
 
+def foreign(name: str) -> str:
+    """What is said of code that a recipe may not name."""
+    remedy = "give --allow-code if you trust this recipe"
+    return f"{name!r} is code from outside the classes that recipes may name; {remedy}"
+
+
+FOREIGN = re.compile(r"(?:\S+:\d+: )?'[^']+' is code from .+? if you trust this recipe")
+
+
 def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     """jsonargparse's message as one line.
 
@@ -43,22 +53,25 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
     """
     if match := re.search(r"- (\S+:\d+: .+?) - Expected a", " ".join(message.split())):
         return match[1]  # explained already by an inner parser
+    if match := FOREIGN.search(" ".join(message.split())):
+        return match[0]  # likewise
+    if match := re.search(r"Importing '([^']+)' is not allowed", message):
+        return f"{place(match[1], recipes)}{foreign(match[1])}"
     if match := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(match[1], recipes, known)
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return _unknown(match[1], recipes, known)
     if match := re.search(r"Option '([^']+)' is not accepted", message):
-        return _unknown_in_class(match[1], recipes)
+        return _unknown_in_class(match[1], recipes, known)
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        place = _place(match[1], recipes)
         names = [candidate.__name__ for base in _named_classes() for candidate in _below(base)]
-        return f"{place}unknown class {match[1]!r}{_did_you_mean(match[1], names)}"
+        return f"{place(match[1], recipes)}unknown class {match[1]!r}{_did_you_mean(match[1], names)}"
     keys = re.findall(r'Parser key "([^"]+)":', message)
     rest = " ".join(re.split(r'Parser key "[^"]+":', message)[-1].split())
     if not keys:
         return " ".join(message.split())
     rest = re.sub(r"Expected an? <class '(?:\w+\.)*(\w+)'>\. Got value: (.*)", r"\2 is not of type \1", rest)
-    return f"{_place('.'.join(keys), recipes)}'{'.'.join(keys)}': {rest}"
+    return f"{place('.'.join(keys), recipes)}'{'.'.join(keys)}': {rest}"
 
 
 def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
@@ -66,17 +79,18 @@ def _unknown(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     section = key.split(".")[0]
     if section not in {name.split(".")[0] for name in known}:
         key, known = section, sorted({name.split(".")[0] for name in known})
-    return f"{_place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
+    return f"{place(key, recipes)}unknown key '{key}'{_did_you_mean(key, known)}"
 
 
-def _unknown_in_class(key: str, recipes: Sequence[Entry]) -> str:
+def _unknown_in_class(key: str, recipes: Sequence[Entry], known: Iterable[str]) -> str:
     classes = {(entry.path, entry.key): entry.value for entry in recipes}
     for path, line, dotted, _ in recipes:
         named = classes.get((path, f"{dotted.rsplit('.', 2)[0]}.class_path"))
         if dotted.split(".")[-1] == key and named:
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
             return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
-    return f"unknown key '{key}'"
+    dotted = next((entry.key for entry in recipes if visible(entry.key.split(".")[-1]) == key), key)
+    return _unknown(dotted, recipes, known)
 
 
 def _parameters(name: str) -> list[str]:
@@ -111,10 +125,10 @@ def _did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _place(key: str, entries: Sequence[Entry]) -> str:
+def place(key: str, entries: Sequence[Entry]) -> str:
     """`FILE:LINE: ` of a dotted key, or of a value; empty where it is in no file (but on the command line)."""
     for entry in entries:
-        if key in (entry.key, entry.value):
+        if key in (entry.key, entry.key.replace("model.init_args.", "model."), entry.value):
             return f"{entry.path}:{entry.line}: "
     parent = key.rpartition(".")[0]
-    return _place(parent, entries) if parent else ""
+    return place(parent, entries) if parent else ""

@@ -21,17 +21,17 @@ from loratune.errors import UserError
 from loratune.evaluation.evaluate import Evaluate
 from loratune.evaluation.samples import SampleGrid
 from loratune.families.pixels import PixelDDPM
-from loratune.families.prompts import Prompts
 from loratune.families.sd import NewStableDiffusion
 from loratune.formats.atomic import atomic_path
-from loratune.lora.tokens import NewToken
-from loratune.recipe.code import importing
-from loratune.recipe.mistakes import Entry, explain
+from loratune.recipe.code import functions, importing
+from loratune.recipe.empty import empty_keys
+from loratune.recipe.mistakes import Entry, explain, foreign, place
+from loratune.recipe.rules import Recipe, check
 from loratune.runs.checkpoints import Checkpoints, use_atomic
-from loratune.runs.folder import give_back
+from loratune.runs.folder import clear, give_back
 from loratune.runs.guard import Guard
 from loratune.runs.loggers import Events, log_text
-from loratune.runs.prepare import check_data, is_first, make_room, prepare
+from loratune.runs.prepare import check_data, is_first, prepare
 from loratune.runs.progress import StepBar, closing
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
@@ -39,13 +39,10 @@ from loratune.training.autoencoder import AutoencoderModule
 from loratune.training.contrastive import ContrastiveModule
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.ema import EMA
-from loratune.training.export import Export, check_format
+from loratune.training.export import Export
 from loratune.training.lora_module import LoRAModule
-from loratune.training.memory import check_samples
 from loratune.training.monitor import Monitor
 from loratune.training.precision import fast_precision
-from loratune.training.sharding import check_strategy
-from loratune.training.triggers import check_prefixes
 
 SHORT_NAMES = (
     AutoencoderModule,
@@ -135,6 +132,8 @@ class SaveRecipe(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self.config.run.overwrite:  # only now, as everything of the new run could be built and encoded
+            clear(Path(trainer.default_root_dir))
         text = self.parser.dump(self.config, skip_none=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +160,7 @@ class RecipeCLI(LightningCLI):
     """`loratune fit|validate|test`: a recipe's sections are the signatures of what they fill."""
 
     def __init__(self, source: Source, **kwargs: Any) -> None:
+        self.source = source
         RecipeParser.source = source  # of the class, as the parser makes others of its class for what is within
         super().__init__(**kwargs)
 
@@ -194,7 +194,12 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Where the run's files go: the recipe's name under runs/, unless it says."""
-        config = self._chosen
+        config, entries = self._chosen, self.source.entries
+        parser = self._parser(self.subcommand) if self.subcommand else self.parser
+        if key := next(empty_keys(parser._actions, config), None):
+            raise UserError(f"{place(key, entries)}'{key}' is empty; give it a value, or leave it out")
+        if not self.source.allow_code and (name := next(functions(config), None)):
+            raise UserError(f"{place(name, entries)}{foreign(name)}")
         if config.trainer.default_root_dir is None:
             recipes = config.get("config")
             config.trainer.default_root_dir = str(Path("runs") / (Path(str(recipes[-1])).stem if recipes else "run"))
@@ -204,20 +209,7 @@ class RecipeCLI(LightningCLI):
             config.weights_only = True  # a checkpoint is data; nothing in it is run
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
-        check_strategy(
-            config.trainer.strategy, lambda key: config.get(f"model.{key}") or config.get(f"model.init_args.{key}")
-        )
-        memory = config.get("model.memory") or config.get("model.init_args.memory")
-        check_samples(getattr(memory, "unload_encoders", False), config.samples.every_n_steps)
-        check_format(config.export.format, config.get("model.lora.type") or config.get("model.init_args.lora.type"))
-        prompts, token = (
-            config.get(f"model.{key}") or config.get(f"model.init_args.{key}") for key in ("prompts", "tokens")
-        )
-        check_prefixes(
-            config.data.as_dict(),
-            Prompts(**prompts.as_dict()) if prompts else Prompts(),
-            NewToken(**token.as_dict()) if token else None,
-        )
+        check(Recipe(config.as_dict(), self.subcommand or ""), lambda key: place(key, entries))
         if self.subcommand:
             check_data(config)
             prepare(self.subcommand, config, lambda: self._parser(self.subcommand).dump(config, skip_none=False))
@@ -231,8 +223,6 @@ class RecipeCLI(LightningCLI):
         if trainer.enable_progress_bar in (None, True) and "ProgressBar" not in str(trainer.callbacks):
             callbacks.append(StepBar())
         self.trainer_defaults["callbacks"] = callbacks
-        if self.subcommand == "fit":
-            make_room(self._chosen)
         return use_atomic(super().instantiate_trainer(**kwargs))
 
 

@@ -53,12 +53,8 @@ class DiffusionModule(L.LightningModule):
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if trainable is None or trainable:
-            memory.check_full()
         if (base is None) == (architecture is None):
             raise ValueError("base and architecture: give one of them, a base that is there or the sizes of a new one")
-        if base is not None:
-            objective.check_named(base)
         self.base_name = base or type(architecture).__name__
         self.model = architecture.build() if architecture else load_model(str(base), memory.torch_dtype, vae_exact=True)
         self.memory = memory

@@ -9,18 +9,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from loratune.errors import UnwritableError, UserError
+from loratune.errors import UnwritableError
 from loratune.formats.atomic import tolerated
 from loratune.training.ema import averaged
 from loratune.training.sharding import draws
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def check_format(format: str, kind: str | None) -> None:
-    """Raise UserError where a format cannot hold a kind of adapter."""
-    if format == "peft" and kind in ("loha", "lokr"):
-        raise UserError(f"export.format: peft cannot hold {kind}; set export.format: kohya")
 
 
 @dataclass(frozen=True)
@@ -73,18 +67,6 @@ class Export(L.Callback):
         self.written: list[Path] = []
         self._written_at = 0
         self._failed: Exception | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what could not be written, before anything is trained.
-
-        Raises:
-            UserError: the format cannot hold the adapter, or nothing is written between.
-        """
-        if stage == "fit" and self.every_n_steps and not getattr(pl_module, "saves_between_steps", False):
-            reason = f"only a LoRA is written before the end, and the model is {type(pl_module).__name__}"
-            raise UserError(f"export.every_n_steps is {self.every_n_steps}: {reason}; set export.every_n_steps: 0")
-        if (adapter := getattr(pl_module, "lora", None)) is not None:
-            check_format(self.format, adapter.type)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step

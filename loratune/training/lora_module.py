@@ -43,8 +43,6 @@ class LoRAModule(DiffusionModule):
         memory: options that save memory or time.
     """
 
-    saves_between_steps = True
-
     def __init__(
         self,
         base: str,
@@ -56,13 +54,8 @@ class LoRAModule(DiffusionModule):
         prompts: Prompts = Prompts(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
-        memory.check_adapter(lora.type, lora.init, lora.text_encoder or tokens is not None)
-        if lora.init_from and not lora.init_from.is_file():
-            raise ValueError(f"lora.init_from {lora.init_from}: no such file; give a LoRA, or leave it out")
         if tokens is not None:
             _check_token(tokens, base)  # before any weight is read
-        elif lora.targets == "none" and not lora.text_encoder:
-            raise ValueError("lora.targets is none and nothing else is trained; set model.tokens, or other targets")
         super().__init__(base, None, (), objective, optimizer, lr_schedule, memory)
         self.lora, self.tokens = lora, tokens
         if prompts != Prompts():

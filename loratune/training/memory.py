@@ -13,7 +13,6 @@ from loratune.errors import UserError
 from loratune.families.model import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FROM_BASE = ("pissa", "olora")
 SHAPES = 64  # of batches that are compiled, beyond which torch computes as it is
 
 
@@ -42,35 +41,6 @@ class Memory:
     channels_last: bool = True
     compile: bool = False
     unload_encoders: bool = False
-
-    def check_adapter(self, kind: str, init: str, text_is_trained: bool) -> None:
-        """Raise ValueError where an adapter cannot be trained so.
-
-        Args:
-            kind: of adapter.
-            init: where the adapter starts.
-            text_is_trained: whether captions are encoded anew in each step.
-        """
-        if init in FROM_BASE and (self.quantization or self.dtype != "float32"):
-            key = "quantization" if self.quantization else "dtype"
-            reason = f"lora.init {init} changes W_0 itself, which has to be held in float32"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}, but {reason}; set lora.init: kaiming")
-        if self.quantization and kind in ("loha", "lokr"):
-            raise ValueError(
-                f"memory.quantization is {self.quantization}: not with lora.type {kind}; set lora.type to lora or dora"
-            )
-        if self.unload_encoders and text_is_trained:
-            reason = "the text encoder is needed in every step, as it is trained"
-            raise ValueError(f"memory.unload_encoders is true, but {reason}; set memory.unload_encoders: false")
-
-    def check_full(self) -> None:
-        """Raise ValueError where the base's own weights cannot be trained so."""
-        if self.quantization or self.dtype != "float32":
-            key = "quantization" if self.quantization else "dtype"
-            reason = "is for a frozen base, and here its weights are trained; leave it out, or train a LoRA"
-            raise ValueError(f"memory.{key} is {getattr(self, key)}: it {reason}")
-        if self.unload_encoders:
-            raise ValueError("memory.unload_encoders is true, but all of the base is written at the end; leave it out")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -221,13 +191,6 @@ def attend_plainly(network: Any) -> None:
     ):
         raise ValueError("memory.attention is plain: only for Stable Diffusion's U-Net; set memory.attention: sdpa")
     network.set_attn_processor(PlainAttention())
-
-
-def check_samples(unloaded: bool, every_n_steps: int) -> None:
-    """Raise ValueError where a run is to draw samples with what is unloaded."""
-    if unloaded and every_n_steps:
-        reason = f"samples.every_n_steps is {every_n_steps}, and samples need the VAE and the text encoders"
-        raise ValueError(f"memory.unload_encoders is true, but {reason}; set samples.every_n_steps: 0")
 
 
 class Unloaded(nn.Module):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-
-from loratune.errors import UserError
 
 NAME = "fsdp2"
 
@@ -56,29 +53,3 @@ def shard(part: nn.Module, mesh: DeviceMesh, blocks: Collection[str]) -> None:
             fully_shard(block, mesh=mesh)
     # By default what is in no block stays whole after a forward pass, and is then no longer what the optimizer holds.
     fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-def check_strategy(strategy: Any, model: Callable[[str], Any]) -> None:
-    """See that a strategy can do what a recipe asks of it.
-
-    Args:
-        strategy: trainer.strategy, as the recipe has it.
-        model: gives the value of a key below `model`, or None.
-
-    Raises:
-        UserError: it cannot; the message names the key.
-    """
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != NAME:
-        raise UserError(f"trainer.strategy is {strategy}, an older form that is not built for here; set {NAME}")
-    if strategy != NAME:
-        return
-    refused = {
-        "model.tokens": model("tokens") is not None,
-        "model.lora.init": model("lora.init") in ("pissa", "olora"),
-        "model.memory.quantization": model("memory.quantization") is not None,
-        "model.memory.compile": bool(model("memory.compile")),
-        "model.class_path": model("lora") is None,
-    }
-    for key, refuse in refused.items():
-        if refuse:
-            raise UserError(f"trainer.strategy is {NAME}, which is not with {key} as given; change that, or set ddp")

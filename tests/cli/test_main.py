@@ -78,7 +78,7 @@ def test_inspect_says_what_a_lora_is(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["layers"] == 1
     assert found["base"] == "builtin:somewhere"
     wanted = float((0.5 * layer.up @ layer.down).norm())
-    assert found["norm of (alpha/r) B A"] == {"unet.down_blocks.0": pytest.approx(wanted, rel=1e-5)}
+    assert found["norm of (alpha/r) B A"] == {"down.0": pytest.approx(wanted, rel=1e-5)}
 
 
 def test_inspect_says_what_a_checkpoint_is(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

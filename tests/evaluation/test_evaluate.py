@@ -51,8 +51,8 @@ def test_what_is_logged_and_when(recipe: Path, tmp_path: Path) -> None:
     assert logged["drift"][0] == (0, 0.0)
     assert logged["drift"][-1][1] > 0
     assert {name for name in logged if name.startswith("norm/")} == {
-        *("norm/unet.down_blocks.0", "norm/unet.down_blocks.1", "norm/unet.mid_block"),
-        *("norm/unet.up_blocks.0", "norm/unet.up_blocks.1"),
+        *("norm/down.0", "norm/down.1", "norm/mid"),
+        *("norm/up.0", "norm/up.1"),
     }
     ranges = [dict(points) for name, points in logged.items() if "train/loss_t" in name]
     assert len(ranges) == 4

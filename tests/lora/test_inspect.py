@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loratune.cli.main import main
 from loratune.families.architectures import architectures, file_shapes, module_names
+from loratune.families.blocks import block_of
 from loratune.formats.headers import TensorInfo, header_bytes
-from loratune.lora.compare import block_of, difference, sizes_by_block
+from loratune.lora.compare import difference, sizes_by_block
 from loratune.lora.file import LoRAFile, write_lora
 from loratune.lora.fits import bases, fitting, layer_names, shapes_for
 from loratune.lora.kinds.layer import LowRank
@@ -132,11 +133,11 @@ def test_a_lora_is_told_with_its_numbers(tmp_path, capsys, format):
     assert (found["base"], found["metadata"]["note"]) == ("b", "n")
     spectra = {name: torch.linalg.svdvals(layer.matrix(torch.float64))[:3] for name, layer in held.items()}
     block = torch.cat([spectra[Q], spectra[K]])
-    assert found["norm of (alpha/r) B A"]["unet.down_blocks.0"] == pytest.approx(float(block.norm()))
-    assert found["norm of (alpha/r) B A"]["unet.mid_block"] == pytest.approx(float(spectra[MID].norm()))
-    assert found["spectral norm"]["unet.down_blocks.0"] == pytest.approx(float(block.max()))
+    assert found["norm of (alpha/r) B A"]["down.0"] == pytest.approx(float(block.norm()))
+    assert found["norm of (alpha/r) B A"]["mid"] == pytest.approx(float(spectra[MID].norm()))
+    assert found["spectral norm"]["down.0"] == pytest.approx(float(block.max()))
     p = spectra[MID] / spectra[MID].sum()
-    assert found["effective rank"]["unet.mid_block"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
+    assert found["effective rank"]["mid"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
 
 
 def test_the_table_shows_all_of_it_and_runs_nothing_that_metadata_say(tmp_path, capsys):
@@ -147,7 +148,7 @@ def test_the_table_shows_all_of_it_and_runs_nothing_that_metadata_say(tmp_path, 
     assert "\x1b" not in shown
     assert "\x07" not in shown
     assert "[/bold] [red]\\x1b[2J\\x07" in shown
-    assert "unet.down_blocks.0: " in shown
+    assert "down.0: " in shown
     assert "diffusers: whole" in shown
 
 
@@ -191,7 +192,7 @@ def test_two_loras_are_compared_by_their_factors(tmp_path, capsys):
     assert (found["other rank"], found["other alpha"]) == ({Q: [3, 2]}, {Q: [1.5, 2.0]})
     assert found["relative_distance"] == pytest.approx(float(apart / own))
     assert found["cosine"] == pytest.approx(float((left * right).sum() / (own * theirs)))
-    assert found["blocks"]["unet.mid_block"] == {"relative_distance": None, "cosine": None}
+    assert found["blocks"]["mid"] == {"relative_distance": None, "cosine": None}
     same = told(capsys, tmp_path / "one.safetensors", "--diff", tmp_path / "one.safetensors")
     assert (same["relative_distance"], same["cosine"]) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
 
@@ -211,7 +212,7 @@ def test_zero_by_zero_is_no_distance():
     zero = {Q: LoRALayer(torch.zeros(1, 3), torch.zeros(4, 1), 1.0)}
     found = difference(zero, zero, [Q])
     assert (found["relative_distance"], found["cosine"]) == (None, None)
-    assert sizes_by_block(zero.items())["unet.down_blocks.0"]["effective_rank"] == 0
+    assert sizes_by_block(zero.items())["down.0"]["effective_rank"] == 0
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
@@ -240,8 +241,8 @@ def test_what_only_an_inpainting_base_has_fits_that():
 
 def test_blocks():
     assert [block_of(name) for name in (Q, MID, TEXT)] == [
-        "unet.down_blocks.0",
-        "unet.mid_block",
-        "text_encoder.text_model",
+        "down.0",
+        "mid",
+        "te1",
     ]
-    assert block_of("unet.conv_in") == "unet.conv_in"
+    assert block_of("unet.conv_in") == "unet"

@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from loratune.families.blocks import block_of
 from loratune.lora.inject import LoRA, adapted_layers
-from loratune.lora.norms import block_of, norms_by_block
+from loratune.lora.norms import norms_by_block
 from loratune.training.lora_module import LoRAModule
 
 
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q", "unet.down_blocks.1"),
-        ("unet.mid_block.attentions.0.proj_in", "unet.mid_block"),
-        ("unet.conv_in", "unet.conv_in"),
-        ("unet.time_embedding.linear_1", "unet.time_embedding"),
-        ("text_encoder.text_model.encoder.layers.3.self_attn.q_proj", "text_encoder.layers.3"),
-        ("text_encoder_2.text_projection", "text_encoder_2.text_projection"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q", "down.1"),
+        ("unet.mid_block.attentions.0.proj_in", "mid"),
+        ("unet.conv_in", "unet"),
+        ("unet.time_embedding.linear_1", "unet"),
+        ("text_encoder.text_model.encoder.layers.3.self_attn.q_proj", "te1"),
+        ("text_encoder_2.text_projection", "te2"),
     ],
 )
 def test_layers_belong_to_blocks(name: str, block: str) -> None:

@@ -14,7 +14,8 @@ def cache(recipe: Path, /, *overrides: str) -> None:
     """Encode a recipe's images and captions into the cache and stop; what is cached already is kept.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.num_workers 4.
+        recipe: whose images; its keys can be overridden, as in --data.num_workers 4; --allow-code lets it
+            name classes of your own.
     """
     from loratune.planning.plan import size_text
     from loratune.recipe.run import run

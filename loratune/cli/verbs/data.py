@@ -22,7 +22,8 @@ def data(recipe: Path, /, *overrides: str, json: Path | None = None) -> int:
     Nothing is encoded, and nothing but the --json FILE is written. The exit code is 1 where something should be mended.
 
     Args:
-        recipe: whose images; its keys can be overridden, as in --data.resolution 512.
+        recipe: whose images; its keys can be overridden, as in --data.resolution 512; --allow-code lets it
+            name classes of your own.
         json: a file for the whole report, with every name.
     """
     from rich.progress import track

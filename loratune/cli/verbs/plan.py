@@ -29,7 +29,8 @@ def plan(
     Nothing is trained and no weight is read: one step is followed through shapes alone.
 
     Args:
-        recipe: what to plan; its keys can be overridden, as in --data.batch_size 2.
+        recipe: what to plan; its keys can be overridden, as in --data.batch_size 2; --allow-code lets it
+            name classes of your own.
         device: cpu, gpu, or a GPU's memory such as 24GB (10^9) or 23.5GiB (2^30), into which the run should fit.
         run: also encode the images and measure real steps in each bucket here.
         steps_per_second: of this recipe, where you know it; for the expected time.

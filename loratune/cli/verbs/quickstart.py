@@ -18,7 +18,10 @@ STEPS, GUIDANCE, SEED = 25, 4.0, 7
 
 
 def quickstart(
-    recipe: Path = Path("recipes/quickstart.yaml"), out: Path = Path("runs/quickstart"), lora_scale: float = 0.75
+    *overrides: str,
+    recipe: Path = Path("recipes/quickstart.yaml"),
+    out: Path = Path("runs/quickstart"),
+    lora_scale: float = 0.75,
 ) -> None:
     """Train the quickstart's LoRA, merge it, sample before and after, and measure: what `make demo` runs.
 
@@ -26,7 +29,7 @@ def quickstart(
     -heldout, the style's own images and the base's.
 
     Args:
-        recipe: what to train.
+        recipe: what to train; its keys can be overridden, as in --trainer.max_steps 100.
         out: folder of the run; an earlier run there is replaced.
         lora_scale: LoRA scale in the merged checkpoint and its images; less keeps more of the base.
     """
@@ -35,8 +38,8 @@ def quickstart(
 
     started = time.perf_counter()
     _check_data(recipe, read_recipe(recipe))
-    overwrite = _overwrite(out)
-    cli = run(["fit", "-c", str(recipe), "--trainer.default_root_dir", str(out), *overwrite])
+    words = ["--trainer.default_root_dir", str(out), *_overwrite(out), *overrides]
+    cli = run(["fit", "-c", str(recipe), *words])
     trained = time.perf_counter()
     numbers = _compare(
         cli.model.base_name, Path(cli.datamodule.sources[0].path), cli.datamodule.resolution, out, lora_scale

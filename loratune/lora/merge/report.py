@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from loratune.lora.merge.request import Request, block_of
+from loratune.families.blocks import block_of, order_of
+from loratune.lora.merge.request import Request
 
 if TYPE_CHECKING:
     from loratune.lora.merge.arithmetic import Tally
@@ -48,7 +49,7 @@ def report_of(
         "layers": len(tallies),
         "tensors": tensors,
         **_tally(whole, asked.unmerge),
-        "blocks": {block: _tally(blocks[block], asked.unmerge) for block in sorted(blocks, key=_order)},
+        "blocks": {block: _tally(blocks[block], asked.unmerge) for block in sorted(blocks, key=order_of)},
     }
     return told
 
@@ -66,12 +67,6 @@ def _tally(tally: Tally, unmerge: bool) -> dict[str, Any]:
         told["differ at most"] = (tally.bound / base) ** 0.5
         told["differ expected"] = (tally.expected / base) ** 0.5
     return told
-
-
-def _order(block: str) -> tuple[int, str]:
-    first = block.split(".")[0]
-    order = ("unet", "down", "mid", "up", "te1", "te2")
-    return order.index(first) if first in order else len(order), block
 
 
 class Bar:

@@ -11,17 +11,8 @@ from typing import Any
 
 from loratune.errors import UserError
 from loratune.families.base import Base
+from loratune.families.blocks import block_of, depth_of, widest, within
 
-# The beginnings of canonical names, and what the command line calls them.
-SHORT = {
-    "unet.down_blocks.": "down.",
-    "unet.mid_block.": "mid.",
-    "unet.up_blocks.": "up.",
-    "text_encoder.": "te1.",
-    "text_encoder_2.": "te2.",
-}
-# Blocks that hold others.
-WIDER = {"te1": "te", "te2": "te", "down": "unet", "mid": "unet", "up": "unet"}
 BLOCK = re.compile(r"([A-Za-z][\w.]*)=([^:=,/]*)")
 
 
@@ -42,36 +33,11 @@ class Given:
     def weight_of(self, name: str) -> float:
         """The weight of the layer of a canonical name: by the longest block that has it."""
         fitting = [block for block in self.blocks if within(name, block)]
-        return self.weight * (self.blocks[max(fitting, key=_depth)] if fitting else 1.0)
+        return self.weight * (self.blocks[max(fitting, key=depth_of)] if fitting else 1.0)
 
     def told(self) -> list[object]:
         """As the merged file's metadata has it."""
         return [str(self.path), self.weight, *([dict(self.blocks)] if self.blocks else [])]
-
-
-def short(name: str) -> str:
-    """A canonical name as blocks are called: `unet.down_blocks.1.attentions.0...` is `down.1.attentions.0...`."""
-    for beginning, called in SHORT.items():
-        if name.startswith(beginning):
-            return called + name.removeprefix(beginning)
-    return name
-
-
-def block_of(name: str) -> str:
-    """The block that a layer is counted with: down.N, mid, up.N, unet for what lies outside them, te1 or te2."""
-    first, second = short(name).split(".")[:2]
-    return f"{first}.{second}" if first in ("down", "up") else first
-
-
-def within(name: str, block: str) -> bool:
-    """Whether a layer lies in a block: down, mid, up, down.1.attentions.0, unet, te1, te2, or te for both."""
-    called = short(name)
-    wider = WIDER.get(called.split(".")[0])
-    return block == wider or f"{called}.".startswith(f"{block}.")
-
-
-def _depth(block: str) -> tuple[bool, int]:
-    return block not in WIDER.values(), block.count(".")
 
 
 def parse(text: str) -> Given:
@@ -132,7 +98,7 @@ def check_blocks(given: Given, names: Collection[str]) -> None:
     for block in given.blocks:
         if not any(within(name, block) for name in names):
             known = sorted({block_of(name) for name in names})
-            told = f"there are te, unet, down, up, {', '.join(known)} and what lies in them"
+            told = f"there are {', '.join([*widest(), *known])} and what lies in them"
             raise UserError(f"--lora {given.path}: the base has no block {block!r}; {told}")
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from loratune.errors import UserError
 from loratune.families.architectures import architectures, module_names
-from loratune.lora.merge.request import Given, block_of, check_blocks, parse, short, within
+from loratune.families.blocks import block_of, short_name, within
+from loratune.lora.merge.request import Given, check_blocks, parse
 
 DOWN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 UP = "unet.up_blocks.3.resnets.1.conv1"
@@ -88,7 +89,7 @@ def test_blocks_are_called_by_short_names() -> None:
     assert [block_of(name) for name in (DOWN, UP, MID, TIME, TEXT, TEXT_2)] == [
         "down.1", "up.3", "mid", "unet", "te1", "te2",
     ]  # fmt: skip
-    assert short(DOWN) == "down.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert short_name(DOWN) == "down.1.attentions.0.transformer_blocks.0.attn1.to_q"
     assert not within("unet.down_blocks.10.x.y", "down.1")
 
 

@@ -23,6 +23,7 @@ from loratune.cli.verbs.merge import merge
 from loratune.errors import UserError
 from loratune.families.architectures import module_names
 from loratune.families.base_configs import CONFIGS_KEY
+from loratune.families.blocks import within
 from loratune.families.save import write_single_file
 from loratune.families.single_file import from_single_file, to_single_file
 from loratune.formats import streaming
@@ -34,7 +35,6 @@ from loratune.lora.kinds.layer import LowRank
 from loratune.lora.kinds.loha import LoHaLayer
 from loratune.lora.kinds.lokr import LoKrLayer
 from loratune.lora.kinds.lora import LoRALayer
-from loratune.lora.merge.request import within
 from loratune.lora.merge.run import MERGES_KEY
 
 RANK, ALPHA = 2, 1.0
