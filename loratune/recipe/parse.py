@@ -28,10 +28,10 @@ from loratune.recipe.empty import empty_keys
 from loratune.recipe.mistakes import Entry, explain, foreign, place
 from loratune.recipe.rules import Recipe, check
 from loratune.runs.checkpoints import Checkpoints, use_atomic
-from loratune.runs.folder import give_back
+from loratune.runs.folder import clear, give_back
 from loratune.runs.guard import Guard
 from loratune.runs.loggers import Events, log_text
-from loratune.runs.prepare import check_data, is_first, make_room, prepare
+from loratune.runs.prepare import check_data, is_first, prepare
 from loratune.runs.progress import StepBar, closing
 from loratune.runs.resume import Finish, Run
 from loratune.runs.stopping import SIGNALS
@@ -132,6 +132,8 @@ class SaveRecipe(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if self.config.run.overwrite:  # only now, as everything of the new run could be built and encoded
+            clear(Path(trainer.default_root_dir))
         text = self.parser.dump(self.config, skip_none=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,8 +223,6 @@ class RecipeCLI(LightningCLI):
         if trainer.enable_progress_bar in (None, True) and "ProgressBar" not in str(trainer.callbacks):
             callbacks.append(StepBar())
         self.trainer_defaults["callbacks"] = callbacks
-        if self.subcommand == "fit":
-            make_room(self._chosen)
         return use_atomic(super().instantiate_trainer(**kwargs))
 
 

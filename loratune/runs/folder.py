@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,11 +13,17 @@ from loratune.formats.descriptors import BINARY, NO_FOLLOW, read_at, try_lock, w
 
 LOCK = ".lock"
 RECIPE, REPORT = "recipe.yaml", "report.html"
+MADE_BY = "# loratune "  # how the recipe that a run keeps begins
 # What a run writes into its folder, and what `clear` therefore deletes.
 WRITTEN = (
-    *(RECIPE, REPORT, "history.jsonl", "figures/*.png", "checkpoints/*.ckpt", "tensorboard"),
-    *("lora*.safetensors", "learned_embeds*.safetensors"),
+    *(RECIPE, REPORT, "history.jsonl", "figures/*.png", "tensorboard/events*"),
+    *("checkpoints/last*.ckpt", "checkpoints/*step=*.ckpt", "lora.safetensors", "lora-[0-9]*.safetensors"),
+    *("learned_embeds.safetensors", "learned_embeds-[0-9]*.safetensors"),
 )
+# What a run would replace; where no run of ours is, it is somebody's.
+RESULTS = ("lora.safetensors", "learned_embeds.safetensors", REPORT, RECIPE, "checkpoints/last.ckpt")
+_taken_at: dict[Path, float] = {}
+"""When this process took a folder, in seconds since 1970: what lies there from before is an earlier run's."""
 _held: dict[Path, tuple[int, list[Path]]] = {}
 """The lock's descriptor of each folder of this process, and the folders that were made for it, innermost first."""
 
@@ -50,6 +56,7 @@ def take(folder: Path) -> None:
     os.ftruncate(descriptor, 0)
     write_at(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[folder] = descriptor, made
+    _taken_at[folder] = time.time()
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -73,8 +80,24 @@ def give_back() -> None:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a run has begun there: its recipe is written before anything else."""
-    return (folder / RECIPE).is_file() or any((folder / "checkpoints").glob("*.ckpt"))
+    """Whether a run has begun there: its recipe is written before anything else, and says by what."""
+    try:
+        with (folder / RECIPE).open("rb") as file:
+            return file.read(len(MADE_BY)) == MADE_BY.encode()
+    except OSError:
+        return False
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UserError where a run would replace a file that no run of loratune's wrote."""
+    if holds_a_run(folder):
+        return
+    for name in RESULTS:
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name}: a run would replace it, and the folder holds no run of loratune's; "
+                "set trainer.default_root_dir to another folder"
+            )
 
 
 def refuse_another(folder: Path, resumed: Path | None, last: bool) -> None:
@@ -86,11 +109,12 @@ def refuse_another(folder: Path, resumed: Path | None, last: bool) -> None:
         last: whether it was asked to go on from the last one, of which there may be none yet.
 
     Raises:
-        UserError: the folder holds another run.
+        UserError: the folder holds another run, or files of somebody's that a run would replace.
     """
-    if not holds_a_run(folder) or last:
+    if last or (resumed is not None and folder.resolve() in resumed.resolve().parents):
         return
-    if resumed is not None and folder.resolve() in resumed.resolve().parents:
+    refuse_foreign(folder)
+    if not holds_a_run(folder):
         return
     told = f"{folder}: holds another run" if resumed else f"{folder}: holds a run"
     raise UserError(
@@ -100,7 +124,11 @@ def refuse_another(folder: Path, resumed: Path | None, last: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run wrote into its folder, and nothing else."""
+    """Delete what an earlier run wrote into a folder that this process has taken since, and nothing else."""
+    if not holds_a_run(folder):
+        return
+    since = _taken_at.get(folder.resolve(), time.time())
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_file() and path.stat().st_mtime < since:
+                path.unlink()

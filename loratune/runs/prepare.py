@@ -19,7 +19,7 @@ from loratune.families.known import family_of
 from loratune.families.prompts import Prompts
 from loratune.lora.tokens import WINDOW, NewToken
 from loratune.runs.checkpoints import last_checkpoint
-from loratune.runs.folder import clear, refuse_another, take
+from loratune.runs.folder import refuse_another, refuse_foreign, take
 from loratune.runs.resume import check_recipe
 from loratune.training.captions import counter
 
@@ -50,7 +50,9 @@ def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
         raise UserError(f"run.overwrite is true, and --ckpt_path {given} goes on with a run; leave out one of them")
     if is_first():
         take(folder)
-        if not chosen.run.overwrite:
+        if chosen.run.overwrite:
+            refuse_foreign(folder)
+        else:
             refuse_another(folder, resumed, given in ("last", "hpc"))
     if resumed is not None:
         check_recipe(resumed, recipe(), chosen.run.allow_changed)
@@ -118,9 +120,3 @@ class Sizes:
 def is_first() -> bool:
     """Whether this is the first process of the run; launchers say so before there is a trainer."""
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
-
-
-def make_room(chosen: Any) -> None:
-    """Delete the run that a folder holds, where the recipe says so and the new one could be built."""
-    if chosen.run.overwrite and is_first():
-        clear(Path(chosen.trainer.default_root_dir))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loratune.cli.main import main
 from loratune.errors import UserError
 from loratune.recipe import parse as recipes
-from loratune.runs.folder import WRITTEN, clear, give_back, holds_a_run, refuse_another, take
+from loratune.runs.folder import (
+    RESULTS,
+    WRITTEN,
+    clear,
+    give_back,
+    holds_a_run,
+    refuse_another,
+    refuse_foreign,
+    take,
+)
 from loratune.training import diffusion_module as module
 
 HOLD = """
@@ -89,6 +101,7 @@ def test_what_holds_a_run(tmp_path: Path) -> None:
     refuse_another(tmp_path, None, False)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").write_text("")
+    (tmp_path / "recipe.yaml").write_text("# loratune 0.1.0\nseed_everything: 0\n")
     assert holds_a_run(tmp_path)
     refuse_another(tmp_path, None, True)
     refuse_another(tmp_path, tmp_path / "checkpoints" / "last.ckpt", False)
@@ -98,6 +111,49 @@ def test_what_holds_a_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.txt"]
     assert not holds_a_run(tmp_path)
     assert "recipe.yaml" in WRITTEN
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_file_that_no_run_wrote_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    for refuse in (refuse_foreign, lambda folder: refuse_another(folder, None, False)):
+        with pytest.raises(UserError, match="a run would replace it"):
+            refuse(tmp_path)
+    clear(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_clear_leaves_what_is_not_of_a_run_and_what_came_since(tmp_path: Path) -> None:
+    names = ("recipe.yaml", "lora.safetensors", "lora-000002.safetensors", "lora_mine.safetensors")
+    names += ("checkpoints/last.ckpt", "checkpoints/epoch=1-step=4.ckpt", "checkpoints/v1-5.ckpt")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# loratune 0.1.0\n")
+    take(tmp_path)
+    try:
+        (tmp_path / "tensorboard").mkdir()
+        since = tmp_path / "tensorboard" / "events.new"
+        since.write_text("")
+        os.utime(since, (time.time() + 5, time.time() + 5))
+        clear(tmp_path)
+    finally:
+        give_back()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".lock", "checkpoints/v1-5.ckpt", "lora_mine.safetensors", "tensorboard/events.new"]
+
+
+@pytest.mark.parametrize("words", [["--trainer.accelerator", "gpu"], ["--trainer.strategy", "dpp"]])
+def test_a_run_that_cannot_begin_deletes_no_other(
+    recipe: Path, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "run").mkdir()
+    for name in ("recipe.yaml", "lora.safetensors"):
+        (tmp_path / "run" / name).write_text("# loratune 0.1.0\n")
+    assert main(["fit", "-c", str(recipe), "--run.overwrite", "true", *words]) != 0
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
 def test_every_section_is_in_the_names_that_are_suggested() -> None:
