@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratune.formats.files import DTYPES
-from loratune.formats.numbers import FLOATS, narrowed, spacing, widened
+from loratune.formats.numbers import FLOATS, narrowed, spacing, too_large, widened
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16)
 BITS = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
@@ -64,6 +64,18 @@ def test_float64_is_rounded_once(dtype: str) -> None:
     odd = one + FLOATS[dtype].eps / 2
     found = widened(narrowed(np.array([odd - off, odd, odd + off]), dtype), dtype, np.float64)
     assert found.tolist() == [one, one + FLOATS[dtype].eps, one + FLOATS[dtype].eps]
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_eight_bits_end_at_their_largest_number(dtype: str, kind: Any) -> None:
+    largest = FLOATS[dtype].largest
+    values = np.array([1.2 * largest, -1e30, np.inf, -np.inf, largest, np.nan], kind)
+    found = widened(narrowed(values, dtype), dtype)
+    assert found[:5].tolist() == [largest, -largest, largest, -largest, largest]
+    assert np.isnan(found[5])
+    assert too_large(values, dtype) == 5  # all but the largest itself; nothing is rounded to the end unseen
+    assert too_large(values[4:5] * 1.01, dtype) == 0
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loratune.errors import UserError
-from loratune.formats.numbers import FLOATS, Array, Bytes, narrowed, spacing, widened
+from loratune.formats.numbers import FLOATS, Array, Bytes, narrowed, spacing, too_large, widened
 from loratune.lora.kinds.layer import LowRank, Rows
 
 BLOCK = 1 << 16  # elements merged at a time; a handful of such arrays stay in a processor's own cache
@@ -118,10 +118,11 @@ def _add(raw: Bytes, dtype: str, kind: Any, change: Array, unmerge: bool) -> Tal
         new = narrowed(total, dtype)
         tally.doubtful, tally.bound, tally.expected = left_over(w, total, new, dtype)
     else:
-        new = narrowed(np.add(w, change), dtype)
+        total = np.add(w, change)
+        new = narrowed(total, dtype)
     # No element is larger than the norms together; NaN is not less than anything.
     if not math.sqrt(tally.base) + math.sqrt(tally.change) < FLOATS[dtype].largest:
-        tally.damaged, tally.beyond = _not_finite(w), _not_finite(widened(new, dtype))
+        tally.damaged, tally.beyond = _not_finite(w), too_large(total, dtype)
     integers = INTEGERS[len(raw) // max(1, w.size)]
     tally.unchanged = w.size - int(np.count_nonzero(new.view(integers) != raw.view(integers)))
     raw[:] = new
