@@ -63,9 +63,9 @@ def combine(given: Sequence[Given], out: Path, rank: int | None, to: str | None,
     whole = LoRAFile({}, shared | merged, _tokens([source for source, _ in sources]))
     write(out, done, whole, to or sources[0][0].format, ("combined", note))
     ranks = sorted({layer.rank for layer in done.values()})
-    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = "approximated" if rank else "exact but for the rounding"
-    return f"{out}: {len(sources)} LoRAs in {len(done)} layers of {told}, {how}; {errors.told()}"
+    return f"{out}: {len(sources)} LoRAs in {len(done)} layers of {rank_text}, {how}; {errors.told()}"
 
 
 def _check_kind(source: Source, rank: int | None) -> None:
@@ -78,15 +78,15 @@ def _check_kind(source: Source, rank: int | None) -> None:
 
 def _common_shapes(sources: Sequence[Source]) -> dict[str, Shape]:
     """The shape of W_0 of each layer that any of them has; a 1x1 convolution where one says so."""
-    found: dict[str, tuple[Shape, Path]] = {}
+    common: dict[str, tuple[Shape, Path]] = {}
     for source in sources:
         for name, shape in shapes_of(source.path, source.file.layers).items():
-            before, path = found.get(name, (shape, source.path))
+            before, path = common.get(name, (shape, source.path))
             if before != shape and sorted((before, shape), key=len)[1] != (*sorted((before, shape), key=len)[0], 1, 1):
                 shapes = f"{list(shape)}, in {path} {list(before)}"
                 raise UserError(f"{source.path}: {name} is {shapes}; give LoRAs for the same base")
-            found[name] = (max(before, shape, key=len), path)
-    return {name: shape for name, (shape, _) in found.items()}
+            common[name] = (max(before, shape, key=len), path)
+    return {name: shape for name, (shape, _) in common.items()}
 
 
 def terms_of(name: str, sources: Sequence[tuple[Source, Given]]) -> list[tuple[float, Product]]:
@@ -131,12 +131,12 @@ def _tokens(sources: Sequence[Source]) -> dict[str, torch.Tensor]:
     Raises:
         UserError: two have different ones of one name.
     """
-    found: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
     for source in sources:
         for name, vectors in source.file.tokens.items():
-            if not torch.equal(found.setdefault(name, vectors), vectors):
+            if not torch.equal(tokens.setdefault(name, vectors), vectors):
                 raise UserError(f"{source.path}: another LoRA has another learned token {name!r}; rename one")
-    return found
+    return tokens
 
 
 def _told(source: Source, one: Given, shared: Mapping[str, str]) -> dict[str, Any]:

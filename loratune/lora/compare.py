@@ -39,7 +39,7 @@ def sizes_by_block(layers: Iterable[tuple[str, LowRank]]) -> dict[str, dict[str,
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, int]]:
     """How many NaN and infinities each tensor holds, by key; tensors without any are left out."""
     counts = {key: {"nan": int(value.isnan().sum()), "inf": int(value.isinf().sum())} for key, value in tensors}
-    return {key: found for key, found in counts.items() if any(found.values())}
+    return {key: counted for key, counted in counts.items() if any(counted.values())}
 
 
 def difference(one: Layers, other: Layers, names: Iterable[str]) -> dict[str, Any]:
@@ -59,15 +59,15 @@ def difference(one: Layers, other: Layers, names: Iterable[str]) -> dict[str, An
     for name in names:
         for key in ("", block_of(name)):
             squares.setdefault(key, [0.0] * 4)
-        for key, found in ((key, _squares(name, one.get(name), other.get(name))) for key in ("", block_of(name))):
-            squares[key] = [before + new for before, new in zip(squares[key], found, strict=True)]
+        for key, parts in ((key, _squares(name, one.get(name), other.get(name))) for key in ("", block_of(name))):
+            squares[key] = [before + new for before, new in zip(squares[key], parts, strict=True)]
     return {
         "only in A": sorted(set(one) - set(other)),
         "only in B": sorted(set(other) - set(one)),
         "other rank": _differing(one, other, "rank"),
         "other alpha": _differing(one, other, "alpha"),
         **_relative(squares.pop("", [0.0] * 4)),
-        "blocks": {block: _relative(found) for block, found in squares.items()},
+        "blocks": {block: _relative(parts) for block, parts in squares.items()},
     }
 
 
@@ -78,8 +78,8 @@ def _squares(name: str, one: LowRank | None, other: LowRank | None) -> tuple[flo
     if left is None or right is None or one is None or other is None:
         return norms[0], norms[1], 0.0, sum(norms)
     if one.flat_shape != other.flat_shape:
-        told = " and ".join(str(list(layer.flat_shape)) for layer in (one, other))
-        raise UserError(f"--diff: {name} is {told}; the two are for different bases")
+        sizes = " and ".join(str(list(layer.flat_shape)) for layer in (one, other))
+        raise UserError(f"--diff: {name} is {sizes}; the two are for different bases")
     return norms[0], norms[1], inner(left, right), distance(left, right) ** 2
 
 

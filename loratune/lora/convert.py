@@ -41,7 +41,7 @@ def convert(file: Path, to: str, out: Path, dtype: str | None, rank: int | None)
     check_only_rank(rank)
     source = read(file)
     kinds = ", ".join(sorted({layer.name for layer in source.file.layers.values()}))
-    told = f"{out}: {len(source.file.layers)} layers ({kinds}) as {to}"
+    summary = f"{out}: {len(source.file.layers)} layers ({kinds}) as {to}"
     note = json.dumps(described(file) | {"to": to}, sort_keys=True)
     metadata = source.file.metadata | {"loratune.converted": note}
     lora = LoRAFile(source.file.layers, metadata, source.file.tokens)
@@ -54,8 +54,8 @@ def convert(file: Path, to: str, out: Path, dtype: str | None, rank: int | None)
         layers, errors = approximated(source, rank, dtype_of(source.file.layers.values(), dtype))
         told_note = described(file) | {"to": to, "rank": rank, "error": errors.overall}
         write(out, layers, source.file, to, ("converted", told_note))
-        return f"{told}, approximated ({_reason(file, out, error)}); {errors.told()}"
-    return f"{told}, {_rounding(source, out)}"
+        return f"{summary}, approximated ({_reason(file, out, error)}); {errors.told()}"
+    return f"{summary}, {_rounding(source, out)}"
 
 
 def _reason(file: Path, out: Path, error: UserError) -> str:

@@ -47,8 +47,8 @@ def extract(base: str, tuned: str, out: Path, rank: int | None, keep: float | No
     metadata = standard_metadata(name=out.stem, base_model=version, architecture=architecture)
     write(out, layers, LoRAFile({}, metadata), to, ("extracted", note))
     ranks = sorted({layer.rank for layer in layers.values()})
-    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    return "\n".join([*lines, f"{out}: {len(layers)} layers of {told}; {errors.told()}"])
+    rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    return "\n".join([*lines, f"{out}: {len(layers)} layers of {rank_text}; {errors.told()}"])
 
 
 def _check_same(old: Base, new: Base) -> None:

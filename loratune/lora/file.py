@@ -208,18 +208,18 @@ def _check_values(path: Path, key: str, tensor: Stored, finite: bool) -> None:
 
 
 def _layer(path: Path, name: str, keys: LayerKeys, stored: Mapping[str, Stored], header: Header) -> LowRank:
-    held = {part.field: stored[key] for part, key in keys.keys.items() if part != ALPHA}
-    given = stored[keys.keys[ALPHA]] if ALPHA in keys.keys else None
+    tensors = {part.field: stored[key] for part, key in keys.keys.items() if part != ALPHA}
+    stored_alpha = stored[keys.keys[ALPHA]] if ALPHA in keys.keys else None
     entries = keys.entries
     try:
         place = Place(path, name, entries.rank if entries.ranked else 0, header.metadata)
-        alpha = keys.tables[0].alpha(None if given is None else given.number, place)
-        if "magnitude" in held:
+        alpha = keys.tables[0].alpha(None if stored_alpha is None else stored_alpha.number, place)
+        if "magnitude" in tensors:
             key = next(key for part, key in keys.keys.items() if part.field == "magnitude")
-            held["magnitude"] = _magnitude(held["magnitude"], entries, "lora_magnitude_vector" in key)
-        return cast(Any, keys.kind)(**held, alpha=alpha)
+            tensors["magnitude"] = _magnitude(tensors["magnitude"], entries, "lora_magnitude_vector" in key)
+        return cast(Any, keys.kind)(**tensors, alpha=alpha)
     except ValueError as error:
-        which = f"{keys.keys[ALPHA]!r}" if given is not None and "one number" in str(error) else f"{keys.raw}:"
+        which = f"{keys.keys[ALPHA]!r}" if stored_alpha is not None and "one number" in str(error) else f"{keys.raw}:"
         raise UserError(f"{path}: {which} {error}") from None
 
 

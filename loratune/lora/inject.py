@@ -144,11 +144,11 @@ def match_targets(module: nn.Module, pattern: str, linear_only: bool = False) ->
     """
     kinds = nn.Linear if linear_only else nn.Linear | nn.Conv2d
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    found = [name for name in names if re.fullmatch(pattern, name) and isinstance(module.get_submodule(name), kinds)]
-    if not found:
+    targets = [name for name in names if re.fullmatch(pattern, name) and isinstance(module.get_submodule(name), kinds)]
+    if not targets:
         listed = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names})
         raise UserError(f"lora.targets {pattern!r} matches no layer; there are: {', '.join(listed)}")
-    return found
+    return targets
 
 
 def inject(module: nn.Module, lora: LoRA, pattern: str) -> list[str]:
@@ -188,12 +188,12 @@ def is_adapter(name: str) -> bool:
 
 def factors(layer: Any) -> dict[str, Tensor]:
     """The parameters of a layer's adapter, by the fields of its kind in files."""
-    found = {}
+    tensors = {}
     for name, attribute in _kind(layer).attributes.items():
-        held = getattr(layer, attribute, {})
-        if ADAPTER in held:
-            found[name] = held[ADAPTER].weight if isinstance(held[ADAPTER], nn.Module) else held[ADAPTER]
-    return found
+        modules = getattr(layer, attribute, {})
+        if ADAPTER in modules:
+            tensors[name] = modules[ADAPTER].weight if isinstance(modules[ADAPTER], nn.Module) else modules[ADAPTER]
+    return tensors
 
 
 def _kind(layer: Any) -> type[LowRank]:
@@ -215,18 +215,18 @@ def collect(
     for component, module in components.items():
         for name, layer in adapted_layers(module).items():
             full = f"{component}.{canonical_module_name(component, module, name)}"
-            held = {key: whole(value).detach().float().cpu().clone() for key, value in factors(layer).items()}
-            layers[full] = _as_file(layer, held, (start or {}).get(full))
+            tensors = {key: whole(value).detach().float().cpu().clone() for key, value in factors(layer).items()}
+            layers[full] = _as_file(layer, tensors, (start or {}).get(full))
     return layers
 
 
-def _as_file(layer: Any, held: dict[str, Tensor], start: tuple[Tensor, Tensor] | None) -> LowRank:
+def _as_file(layer: Any, tensors: dict[str, Tensor], start: tuple[Tensor, Tensor] | None) -> LowRank:
     scale = float(layer.scaling[ADAPTER])
     alpha = float(layer.scaling[ADAPTER] * layer.r[ADAPTER])
     if start is not None:
-        held = {"down": torch.cat([held["down"], start[0]]), "up": torch.cat([held["up"], -start[1]], dim=1)}
+        tensors = {"down": torch.cat([tensors["down"], start[0]]), "up": torch.cat([tensors["up"], -start[1]], dim=1)}
         alpha *= 2
-    return _kind(layer).collected(held, alpha, scale)
+    return _kind(layer).collected(tensors, alpha, scale)
 
 
 def at_start(components: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -254,10 +254,10 @@ def put(components: Mapping[str, nn.Module], layers: Mapping[str, LowRank], path
         )
     for name, layer in layers.items():
         own = factors(places[name])
-        given = layer.tensors()
-        if type(layer) is not _kind(places[name]) or own.keys() != given.keys():
+        wanted = layer.tensors()
+        if type(layer) is not _kind(places[name]) or own.keys() != wanted.keys():
             raise UserError(f"lora.init_from {path}: {name} is a {layer.name}; set lora.type to that")
-        for part, value in given.items():
+        for part, value in wanted.items():
             if own[part].numel() != value.numel():
                 raise UserError(
                     f"lora.init_from {path}: {name} has rank {layer.rank}; set lora.rank, or lora.rank_pattern, so"

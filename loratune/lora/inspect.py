@@ -65,22 +65,22 @@ def describe_checkpoint(file: Path, header: Header) -> dict[str, Any]:
     """Family, variant, size, dtypes, merges and metadata of a checkpoint, from its header alone."""
     name = detect(header)
     own = CONFIGS_KEY in header.metadata
-    found: dict[str, Any] = {"file": str(file)}
+    facts: dict[str, Any] = {"file": str(file)}
     if name:
         configs = architectures()[name]
         family = family_of(configs)
-        found |= {"kind": "checkpoint", "family": family.title_of(configs), "architecture": name}
-        found["variant"] = family.variant(configs)
-        found["prediction"] = family.stated(header).get("prediction_type", "not told by the file")
-        found["layout"] = f"single file ({family.name})"
+        facts |= {"kind": "checkpoint", "family": family.title_of(configs), "architecture": name}
+        facts["variant"] = family.variant(configs)
+        facts["prediction"] = family.stated(header).get("prediction_type", "not told by the file")
+        facts["layout"] = f"single file ({family.name})"
     elif own:
-        found |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
+        facts |= {"kind": "checkpoint", "family": "Stable Diffusion, in sizes of its own that it carries with it"}
     else:
-        found["kind"] = unread(header.tensors) or describe_unsupported(header) or "not a file that is known here"
-    found |= _of_headers([header])
+        facts["kind"] = unread(header.tensors) or describe_unsupported(header) or "not a file that is known here"
+    facts |= _of_headers([header])
     merged = {key: _parsed(value) for key, value in header.metadata.items() if "merge" in key.lower()}
     rest = {key: value for key, value in header.metadata.items() if key != CONFIGS_KEY and key not in merged}
-    return found | {"merged": merged, "metadata": rest}
+    return facts | {"merged": merged, "metadata": rest}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -126,25 +126,25 @@ def describe_lora(file: Path, header: Header) -> dict[str, Any]:
     """
     keys = read_keys(file, header, layer_names())
     lora, problem = _read(file)
-    found: dict[str, Any] = {"file": str(file), "kind": _kind(keys), "format": keys.format or "not known"}
-    found["family"] = _family(keys, header, lora)
+    facts: dict[str, Any] = {"file": str(file), "kind": _kind(keys), "format": keys.format or "not known"}
+    facts["family"] = _family(keys, header, lora)
     if lora is not None:
         alphas = {layer.alpha for layer in lora.layers.values()}
-        found |= {"rank": sorted({layer.rank for layer in lora.layers.values()}), "alpha": sorted(alphas)}
+        facts |= {"rank": sorted({layer.rank for layer in lora.layers.values()}), "alpha": sorted(alphas)}
     else:
-        found |= {"rank": sorted(set(keys.ranks.values())), "alpha": sorted(set(keys.alphas.values()))}
-    found |= {
+        facts |= {"rank": sorted(set(keys.ranks.values())), "alpha": sorted(set(keys.alphas.values()))}
+    facts |= {
         "layers": len(lora.layers if lora else keys.layers),
         "targets": _targets(lora.layers if lora else keys.layers),
     }
-    found |= _of_headers([header])
+    facts |= _of_headers([header])
     ours = {"loads": WHOLE, "notes": []} if problem is None else _refusal(problem)
-    found["readers"] = {"loratune": ours, **verdicts(keys)}
-    found |= _numbers(file, header, lora)
-    found |= {"training": _training(header.metadata)}
+    facts["readers"] = {"loratune": ours, **verdicts(keys)}
+    facts |= _numbers(file, header, lora)
+    facts |= {"training": _training(header.metadata)}
     carried = {key.removeprefix(OURS): value for key, value in header.metadata.items() if key.startswith(OURS)}
     rest = {key: value for key, value in header.metadata.items() if not key.startswith((OURS, "lora_adapter"))}
-    return {**carried, **found} | {"metadata": rest}
+    return {**carried, **facts} | {"metadata": rest}
 
 
 def _read(file: Path) -> tuple[LoRAFile | None, str | None]:
@@ -173,8 +173,8 @@ def _family(keys: Keys, header: Header, lora: LoRAFile | None) -> str:
     downs = {name: header.tensors[held[DOWN]].shape for name, held in keys.layers.items() if DOWN in held}
     widths = {shape[1] for name, shape in downs.items() if re.search(r"attn2[._]to_k$", name) and len(shape) > 1}
     width = widths.pop() if len(widths) == 1 else None
-    told = WIDTHS.get(width, f"not known: its text width is {width}") if width else "not known"
-    return f"{told}, by its text width alone" if width in WIDTHS else told
+    title = WIDTHS.get(width, f"not known: its text width is {width}") if width else "not known"
+    return f"{title}, by its text width alone" if width in WIDTHS else title
 
 
 def _targets(names: Iterable[str]) -> list[str]:
@@ -202,14 +202,14 @@ def _numbers(file: Path, header: Header, lora: LoRAFile | None) -> dict[str, Any
 
 
 def _training(metadata: dict[str, str]) -> dict[str, str]:
-    told = {}
+    facts = {}
     for label, names in TRAINING.items():
-        given = [metadata[name] for name in names if metadata.get(name, "None") not in ("None", "")]
-        if given:
-            told[label] = " / ".join(given)
+        stated = [metadata[name] for name in names if metadata.get(name, "None") not in ("None", "")]
+        if stated:
+            facts[label] = " / ".join(stated)
     if tags := _tags(metadata.get("ss_tag_frequency", "")):
-        told["most frequent tags"] = ", ".join(tags)
-    return told
+        facts["most frequent tags"] = ", ".join(tags)
+    return facts
 
 
 def _tags(text: str) -> list[str]:

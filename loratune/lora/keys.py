@@ -86,10 +86,10 @@ class LayerKeys:
         """
         if len(self.kinds) > 1:
             raise ValueError(f"it has parts of a {' and of a '.join(self.kinds)}")
-        held = {part.field: info for part, info in self.infos.items() if part.field not in ("alpha", "magnitude")}
-        if lacking := missing(self.kind, [*held]):
+        factors = {part.field: info for part, info in self.infos.items() if part.field not in ("alpha", "magnitude")}
+        if lacking := missing(self.kind, [*factors]):
             raise ValueError(f"it has no {lacking} tensor")
-        layer: LowRank = self.kind(**held, alpha=1.0)  # type: ignore[call-arg]
+        layer: LowRank = self.kind(**factors, alpha=1.0)  # type: ignore[call-arg]
         return layer
 
 
@@ -162,10 +162,10 @@ def _grouped(header: Header, tokens: tuple[str, ...]) -> tuple[list[LayerKeys], 
     for key, info in header.tensors.items():
         if key in tokens:
             continue
-        if (found := split(key)) is None:
+        if (parts := split(key)) is None:
             strays.append(key)
             continue
-        raw, _, part = found
+        raw, _, part = parts
         tables = tuple(naming(raw))
         raw = raw.replace(".", "_") if tables[0].joined else raw
         layer = groups.setdefault(raw, LayerKeys(raw, tables))
@@ -193,27 +193,27 @@ def _names(
     """The canonical name of each layer, or why there is none."""
     spelt = {table: inverted(table, names) for table in TABLES.values()}
     numbers = {table: _numbers(table, layers, metadata) for table in TABLES.values() if table.number}
-    found: list[tuple[str | None, str]] = []
+    named: list[tuple[str | None, str]] = []
     for layer in layers:
         if layer.tables[0] in numbers:
             table, problem = numbers[layer.tables[0]]
-            found.append((table.get(layer.raw), problem))
+            named.append((table.get(layer.raw), problem))
         else:
-            found.append(_name(layer, spelt))
-    return found
+            named.append(_name(layer, spelt))
+    return named
 
 
 def _name(layer: LayerKeys, spelt: Mapping[Table, Mapping[str, tuple[str, ...]]]) -> tuple[str | None, str]:
     for table in layer.tables:
         own = spelt[table].get(layer.raw, ())
-        found = own if len(own) == 1 else tuple(dict.fromkeys((*own, *known_names(table).get(layer.raw, ()))))
-        if len(found) > 1:
-            fitting = [name for name in found if _fits(name, layer)]
-            found = tuple(fitting) if len(fitting) == 1 else found
-        if len(found) == 1:
-            return found[0], ""
-        if found:
-            parts = " or ".join(name.partition(".")[0] for name in found)
+        candidates = own if len(own) == 1 else tuple(dict.fromkeys((*own, *known_names(table).get(layer.raw, ()))))
+        if len(candidates) > 1:
+            fitting = [name for name in candidates if _fits(name, layer)]
+            candidates = tuple(fitting) if len(fitting) == 1 else candidates
+        if len(candidates) == 1:
+            return candidates[0], ""
+        if candidates:
+            parts = " or ".join(name.partition(".")[0] for name in candidates)
             return None, f"does not say whether it is of {parts}; put that and a dot before the names of its layers"
     if layer.tables[0].loose and (name := canonical_name(layer.raw)):
         return name, ""

@@ -15,11 +15,11 @@ SGM = "https://github.com/Stability-AI/generative-models"
 
 def tag_frequency(folders: Mapping[str, Iterable[str]]) -> str:
     """sd-scripts' ss_tag_frequency: how many captions of a folder have each tag (what is between commas), as JSON."""
-    told = {}
+    counts = {}
     for folder, captions in folders.items():
         tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-        told[folder] = dict(tags.most_common())
-    return json.dumps(told)
+        counts[folder] = dict(tags.most_common())
+    return json.dumps(counts)
 
 
 def standard_metadata(

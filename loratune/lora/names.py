@@ -19,21 +19,21 @@ def known_layers() -> tuple[str, ...]:
 @cache
 def originals() -> dict[str, tuple[str, ...]]:
     """The original layout's names of each layer of the U-Nets known."""
-    found: dict[str, tuple[str, ...]] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for configs in architectures().values():
         for name, original in original_names(configs).items():
-            found[name] = tuple(dict.fromkeys((*found.get(name, ()), original)))
-    return found
+            names[name] = tuple(dict.fromkeys((*names.get(name, ()), original)))
+    return names
 
 
 @cache
 def known_shapes() -> Mapping[str, Mapping[str, Shape]]:
     """The shape of W_0 of every layer that a LoRA can sit on, by architecture and canonical name."""
-    found = {}
+    shapes = {}
     for name, configs in architectures().items():
         whole = {f"{component}.{key}": shape for component, key, shape, _ in entries(configs)}
-        found[name] = {layer: whole[f"{layer}.weight"] for layer in module_names(configs)}
-    return found
+        shapes[name] = {layer: whole[f"{layer}.weight"] for layer in module_names(configs)}
+    return shapes
 
 
 def flat(shape: Shape) -> tuple[int, int]:

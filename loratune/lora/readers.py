@@ -84,14 +84,14 @@ class Keys:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """r by layer, where there is one."""
-        found = {}
+        ranks = {}
         for layer in self._own:
             try:
                 if layer.kinds and layer.entries.ranked:
-                    found[layer.raw] = layer.entries.rank
+                    ranks[layer.raw] = layer.entries.rank
             except ValueError:  # it is not whole
                 continue
-        return found
+        return ranks
 
     @property
     def every(self) -> list[str]:
@@ -104,9 +104,9 @@ class Keys:
         return dict(Counter(_kind(held) for held in self.layers.values()))
 
 
-def _kind(held: dict[Part, str]) -> str:
-    kind = "LoCon (Tucker)" if MID in held else next((part.kind for part in held if part.kind), "nothing")
-    return f"{kind} with DoRA" if MAGNITUDE in held else kind
+def _kind(parts: dict[Part, str]) -> str:
+    kind = "LoCon (Tucker)" if MID in parts else next((part.kind for part in parts if part.kind), "nothing")
+    return f"{kind} with DoRA" if MAGNITUDE in parts else kind
 
 
 def read_keys(path: Path, header: Header, names: Sequence[str] = ()) -> Keys:
@@ -120,13 +120,13 @@ def read_keys(path: Path, header: Header, names: Sequence[str] = ()) -> Keys:
     described = describe_keys(header, names)
     alphas = {layer.raw: layer.keys[ALPHA] for layer in described.every if ALPHA in layer.keys}
     stored = mapped(path, header, alphas.values())
-    found = {}
+    numbers = {}
     for raw, key in alphas.items():
         try:
-            found[raw] = stored[key].number
+            numbers[raw] = stored[key].number
         except ValueError:  # no number
             continue
-    return Keys(described, found, header.metadata)
+    return Keys(described, numbers, header.metadata)
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def _other_alpha(keys: Keys) -> list[str]:
     wrong = []
     for component in ("unet", "text_encoder", "text_encoder_2"):
         own = [name for name in keys.layers if component_of(name) == component and name in keys.ranks]
-        given = Counter(keys.alphas[name] for name in own if name in keys.alphas)
-        common = given.most_common(1)[0][0] if given else None
+        counts = Counter(keys.alphas[name] for name in own if name in keys.alphas)
+        common = counts.most_common(1)[0][0] if counts else None
         differ = (name for name in own if common is not None and keys.alphas.get(name, keys.ranks[name]) != common)
         wrong += [keys.layers[name].get(ALPHA, name) for name in differ if ATTENTION.search(name)]
     return wrong
@@ -206,14 +206,14 @@ def _text_without_out(mlp: bool) -> Callable[[Keys], Sequence[str]]:
 
     @_in("kohya")
     def find(keys: Keys) -> list[str]:
-        found: list[str] = []
+        lost: list[str] = []
         for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
             own = [name for name in keys.layers if name.startswith(prefix)]
             qkv = [name for name in own if TEXT_QKV.match(name)]
             out = any(name.endswith("_out_proj") for name in own)
             if qkv and not out and mlp == any("_mlp_" in name for name in own):
-                found += [key for name in qkv for key in keys.layers[name].values()]
-        return found
+                lost += [key for name in qkv for key in keys.layers[name].values()]
+        return lost
 
     return find
 
@@ -241,12 +241,12 @@ def _unknown_component(keys: Keys) -> list[str]:
 def _untold_component(keys: Keys) -> list[str]:
     """Components that lora_adapter_metadata says nothing of, where it is there."""
     try:
-        told: Any = json.loads(keys.metadata.get("lora_adapter_metadata", "null"))
+        settings: Any = json.loads(keys.metadata.get("lora_adapter_metadata", "null"))
     except (ValueError, RecursionError):
         return ["lora_adapter_metadata"]
-    if not isinstance(told, dict):
+    if not isinstance(settings, dict):
         return []
-    parts = {f"{key.split('.')[0]}." for key in told}
+    parts = {f"{key.split('.')[0]}." for key in settings}
     return [key for key in keys.every if key.startswith(COMPONENTS) and not key.startswith(tuple(parts))]
 
 
@@ -321,6 +321,6 @@ def _verdict(reader: str, keys: Keys) -> dict[str, Any]:
     return {"loads": max([otherwise, *(note["effect"] for note in notes)], key=ORDER.index), "notes": notes}
 
 
-def _effect(rule: Rule, found: list[str], keys: Keys) -> str:
+def _effect(rule: Rule, affected: list[str], keys: Keys) -> str:
     """A rule's effect; leaving all of the keys out loads nothing."""
-    return NOTHING if rule.effect == PART and set(found) >= set(keys.every) else rule.effect
+    return NOTHING if rule.effect == PART and set(affected) >= set(keys.every) else rule.effect

@@ -120,9 +120,9 @@ def refuse_dora(source: Source, why: str) -> None:
     Raises:
         UserError: a layer has one.
     """
-    found = [name for name, layer in source.file.layers.items() if layer.magnitude is not None]
-    if found:
-        raise UserError(f"{source.path}: {found[0]} is a {source.file.layers[found[0]].name}, {why}")
+    doras = [name for name, layer in source.file.layers.items() if layer.magnitude is not None]
+    if doras:
+        raise UserError(f"{source.path}: {doras[0]} is a {source.file.layers[doras[0]].name}, {why}")
 
 
 def kept_rank(parts: SVD, rank: int | None, keep: float | None) -> int:
@@ -153,19 +153,19 @@ def shapes_of(path: Path, layers: Mapping[str, LowRank]) -> dict[str, Shape]:
     own = {name: shape for name, layer in layers.items() if (shape := layer.shape)}
     if len(own) == len(layers):
         return own
-    found = shapes_for({name: layer.flat_shape for name, layer in layers.items()})
-    if not found:
+    known = shapes_for({name: layer.flat_shape for name, layer in layers.items()})
+    if not known:
         name = next(name for name in layers if name not in own)
         raise UserError(f"{path}: {name} fits no base that is known here, so its kernel is not known; convert it alone")
-    return {**found, **own}
+    return {**known, **own}
 
 
 def dtype_of(layers: Iterable[LowRank], asked: str | None) -> torch.dtype:
     """The dtype asked for, or the narrowest that holds those of all layers."""
     if asked:
         return DTYPES[asked]
-    found = {tensor.dtype for layer in layers for tensor in layer.tensors().values()}
-    return found.pop() if len(found) == 1 else torch.float32
+    dtypes = {tensor.dtype for layer in layers for tensor in layer.tensors().values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def write(
@@ -185,8 +185,8 @@ def write(
     Raises:
         UserError: as `write_lora`.
     """
-    told = {**source.metadata, **_sizes(out, layers), f"loratune.{note[0]}": json.dumps(note[1], sort_keys=True)}
-    write_lora(out, LoRAFile(layers, told, source.tokens), format, dtype)
+    metadata = {**source.metadata, **_sizes(out, layers), f"loratune.{note[0]}": json.dumps(note[1], sort_keys=True)}
+    write_lora(out, LoRAFile(layers, metadata, source.tokens), format, dtype)
 
 
 def _sizes(out: Path, layers: Mapping[str, LowRank]) -> dict[str, str]:
@@ -195,8 +195,8 @@ def _sizes(out: Path, layers: Mapping[str, LowRank]) -> dict[str, str]:
     if len(ranks) == 1:
         rank = ranks.pop()
         return standard_metadata(rank=rank, alpha=rank, name=out.stem, base_model=None, architecture=None)
-    told = standard_metadata(name=out.stem, base_model=None, architecture=None)
-    return told | {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    standard = standard_metadata(name=out.stem, base_model=None, architecture=None)
+    return standard | {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
 
 
 def described(path: Path) -> dict[str, str]:

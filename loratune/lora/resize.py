@@ -46,8 +46,8 @@ def resize(file: Path, out: Path, rank: int | None, keep: float | None, to: str 
         for name, layer in layers.items()
     ]
     ranks = sorted({layer.rank for layer in layers.values()})
-    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    return "\n".join([*lines, f"{out}: {len(layers)} layers of {told}; {errors.told()}"])
+    rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    return "\n".join([*lines, f"{out}: {len(layers)} layers of {rank_text}; {errors.told()}"])
 
 
 def resized(
@@ -61,11 +61,11 @@ def resized(
         keep: or the share of the squared Frobenius norm that each layer keeps.
         dtype: of the tensors.
     """
-    made: dict[str, LoRALayer] = {}
+    resized_layers: dict[str, LoRALayer] = {}
     errors = Errors()
     for name, layer in shown(list(layers.items()), "resizing"):
         product = factors(layer)
         parts = svd(product)
-        made[name] = truncated(parts, kept_rank(parts, rank, keep), shapes[name], dtype)
-        errors.add(name, product, made[name])
-    return made, errors
+        resized_layers[name] = truncated(parts, kept_rank(parts, rank, keep), shapes[name], dtype)
+        errors.add(name, product, resized_layers[name])
+    return resized_layers, errors

@@ -84,9 +84,9 @@ def _initial_ids(new: NewToken, tokenizer: Any) -> list[int]:
         return []
     ids = tokenizer(new.initializer_token, add_special_tokens=False).input_ids
     if not 1 <= len(ids) <= new.num_vectors:
-        told = f"is {len(ids)} tokens, and tokens.num_vectors is {new.num_vectors}"
+        fault = f"is {len(ids)} tokens, and tokens.num_vectors is {new.num_vectors}"
         raise ValueError(
-            f"tokens.initializer_token {new.initializer_token!r} {told}; give a shorter one, or more vectors"
+            f"tokens.initializer_token {new.initializer_token!r} {fault}; give a shorter one, or more vectors"
         )
     return [ids[index % len(ids)] for index in range(new.num_vectors)]
 
@@ -125,18 +125,18 @@ def add_tokens(parts: Parts, names: list[str], rows: Mapping[str, Tensor]) -> li
         names: of the tokens, one for each row.
         rows: (v, d) for each of the parts.
     """
-    made = []
+    parameters = []
     for part, (tokenizer, encoder) in parts.items():
         known = encoder.get_input_embeddings()
         if len(tokenizer) != known.num_embeddings:
-            told = f"its tokenizer has {len(tokenizer)} tokens and its {part} {known.num_embeddings} rows"
-            raise UserError(f"a new token does not fit this base: {told}")
+            fault = f"its tokenizer has {len(tokenizer)} tokens and its {part} {known.num_embeddings} rows"
+            raise UserError(f"a new token does not fit this base: {fault}")
         tokenizer.add_tokens(names)
         grown = GrownEmbedding(known, rows[part].to(known.weight.device, torch.float32))
         encoder.set_input_embeddings(grown)
         _end_by_name(encoder, tokenizer)
-        made.append(grown.rows)
-    return made
+        parameters.append(grown.rows)
+    return parameters
 
 
 def _end_by_name(encoder: Any, tokenizer: Any) -> None:
@@ -154,13 +154,13 @@ def initial_rows(new: NewToken, parts: Parts) -> dict[str, Tensor]:
 
     Without an initializer they are drawn with the mean and the spread of the base's rows, by torch's own generator.
     """
-    made = {}
+    initial = {}
     for part, (tokenizer, encoder) in parts.items():
         weight = encoder.get_input_embeddings().weight.detach().float()
         ids = _initial_ids(new, tokenizer)
         drawn = weight.mean(0) + weight.std(0) * torch.randn(new.num_vectors, weight.shape[1]).to(weight)
-        made[part] = weight[ids].clone() if ids else drawn
-    return made
+        initial[part] = weight[ids].clone() if ids else drawn
+    return initial
 
 
 def rows_of(parts: Parts) -> dict[str, Tensor]:
@@ -196,11 +196,11 @@ def write_embedding(path: Path, embedding: Embedding, dtype: torch.dtype, metada
         UserError: the place cannot be written to, or the file is not what was written.
     """
     one = len(embedding.rows) == 1
-    held = {embedding.token if one else FILE_KEYS[part]: rows.to(dtype) for part, rows in embedding.rows.items()}
-    write_safetensors(path, held, {**metadata, TOKEN_KEY: embedding.token})
-    found = read_embedding(path)
-    same = found.token == embedding.token and found.rows.keys() == embedding.rows.keys()
-    if not same or not all(torch.equal(found.rows[part], rows.to(dtype)) for part, rows in embedding.rows.items()):
+    tensors = {embedding.token if one else FILE_KEYS[part]: rows.to(dtype) for part, rows in embedding.rows.items()}
+    write_safetensors(path, tensors, {**metadata, TOKEN_KEY: embedding.token})
+    again = read_embedding(path)
+    same = again.token == embedding.token and again.rows.keys() == embedding.rows.keys()
+    if not same or not all(torch.equal(again.rows[part], rows.to(dtype)) for part, rows in embedding.rows.items()):
         raise UserError(f"{path}: reads back as something else; do not use this file")
 
 
@@ -210,8 +210,8 @@ def read_embedding(path: Path) -> Embedding:
     Raises:
         UserError: the file is unreadable, or is no embedding.
     """
-    tensors, said = read_tensors(path), read_header(path).metadata
-    named = said.get(TOKEN_KEY, Path(path).stem)
+    tensors, metadata = read_tensors(path), read_header(path).metadata
+    named = metadata.get(TOKEN_KEY, Path(path).stem)
     if tensors.keys() == set(FILE_KEYS.values()):
         rows = {part: tensors[key] for part, key in FILE_KEYS.items()}
     elif len(tensors) == 1:
@@ -236,8 +236,8 @@ def put_embedding(path: Path, parts: Parts) -> str:
     embedding = read_embedding(path)
     for part, (_, encoder) in parts.items():
         width = int(encoder.get_input_embeddings().weight.shape[1])
-        found = embedding.rows.get(part)
-        if found is None or found.shape[1] != width or len(parts) != len(embedding.rows):
+        own = embedding.rows.get(part)
+        if own is None or own.shape[1] != width or len(parts) != len(embedding.rows):
             has = ", ".join(f"{FILE_KEYS[one]} {rows.shape[1]}" for one, rows in embedding.rows.items())
             raise UserError(f"{path}: is for another base (widths: {has}; this base's {part} has {width})")
     try:

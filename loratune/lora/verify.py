@@ -38,8 +38,8 @@ def verify(path: Path, layers: Mapping[str, LowRank], format: str, dtype: torch.
         UserError: a layer is missing or differs by more than the rounding to `dtype` can explain.
     """
     with safe_open(path, framework="pt") as opened:
-        found = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-        file = _File(path, found, opened.metadata())
+        tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
+        file = _File(path, tensors, opened.metadata())
     for name, layer in layers.items():
         try:
             same = _same(file, name, layer, format, dtype)
@@ -59,8 +59,8 @@ def _same(file: _File, name: str, layer: LowRank, format: str, dtype: torch.dtyp
         return _same_product(layer, *_as_read(file, raw, format), dtype)
     alpha = torch.tensor(layer.alpha).to(dtype).float()
     tensors = {field: value for field, value in layer.tensors().items() if field != "magnitude"}
-    held = {f"{raw}.{layer.suffixes[field]}": value for field, value in tensors.items()}
-    factors = all(torch.equal(file.tensors[key], value.to(dtype).float()) for key, value in held.items())
+    stored = {f"{raw}.{layer.suffixes[field]}": value for field, value in tensors.items()}
+    factors = all(torch.equal(file.tensors[key], value.to(dtype).float()) for key, value in stored.items())
     return factors and bool(torch.isclose(file.tensors[f"{raw}.alpha"], alpha, rtol=torch.finfo(dtype).eps))
 
 
@@ -84,11 +84,11 @@ def _as_read(file: _File, raw: str, format: str) -> tuple[Tensor, Tensor, float]
     return down, up, float(file.tensors.get(f"{raw}.alpha", torch.tensor(float(len(down))))) / len(down)
 
 
-def _peft_scale(told: Mapping[str, Any], name: str) -> float:
+def _peft_scale(config: Mapping[str, Any], name: str) -> float:
     component, _, path = name.partition(".")
     path = path.removeprefix("text_model.")
-    alpha = told[f"{component}.alpha_pattern"].get(path, told[f"{component}.lora_alpha"])
-    return float(alpha / told[f"{component}.rank_pattern"].get(path, told[f"{component}.r"]))
+    alpha = config[f"{component}.alpha_pattern"].get(path, config[f"{component}.lora_alpha"])
+    return float(alpha / config[f"{component}.rank_pattern"].get(path, config[f"{component}.r"]))
 
 
 def _kohya_name(file: _File, name: str) -> str:

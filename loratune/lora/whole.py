@@ -15,8 +15,8 @@ def is_cut(value: Any) -> bool:
 def whole(value: Tensor) -> Tensor:
     """All of a tensor; where it is cut, every process has to ask for it."""
     cut: Any = value.detach()
-    made: Tensor = cut.full_tensor() if is_cut(cut) else value
-    return made
+    full: Tensor = cut.full_tensor() if is_cut(cut) else value
+    return full
 
 
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
@@ -26,6 +26,6 @@ def cut_like(value: Tensor, like: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    held: Any = like
-    made: Tensor = distribute_tensor(value, held.device_mesh, held.placements)
-    return made
+    target: Any = like
+    part: Tensor = distribute_tensor(value, target.device_mesh, target.placements)
+    return part

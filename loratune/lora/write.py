@@ -23,8 +23,8 @@ Kind = TypeVar("Kind", bound=LowRank)
 
 def cast(layer: Kind, dtype: torch.dtype | None) -> Kind:
     """A layer with its tensors on the CPU and in another dtype; None keeps theirs."""
-    held = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in layer.tensors().items()}
-    return replace(layer, **held, alpha=float(layer.alpha))  # type: ignore[type-var]
+    tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in layer.tensors().items()}
+    return replace(layer, **tensors, alpha=float(layer.alpha))  # type: ignore[type-var]
 
 
 def padded(zeros: Iterable[str]) -> dict[str, str]:
@@ -48,9 +48,9 @@ def one_alpha(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None) -> tup
         candidates = [None]
     for alpha in candidates:
         exact = {name: _fold(layer, alpha, None) for name, layer in layers.items()}
-        found = {name: cast(layer, dtype) for name, layer in exact.items() if layer is not None}
-        if len(found) == len(layers):
-            return found, alpha
+        folded = {name: cast(layer, dtype) for name, layer in exact.items() if layer is not None}
+        if len(folded) == len(layers):
+            return folded, alpha
     if dtype is not None:
         alpha = next(alpha for alpha in candidates if alpha != 0)
         rounded = {name: _fold(layer, alpha, dtype) for name, layer in layers.items()}
@@ -78,7 +78,7 @@ def padding(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None, kohya: b
     In kohya's names it takes attention for attention by out_proj alone; in peft's it knows a text encoder by any
     layer of its attention.
     """
-    made = {}
+    zeros = {}
     for component in TEXT_ENCODERS:
         own = sorted(name for name in layers if name.startswith(f"{component}."))
         known = ATTENTION[-1:] if kohya else ATTENTION
@@ -92,8 +92,8 @@ def padding(layers: Mapping[str, LoRALayer], dtype: torch.dtype | None, kohya: b
         inside = re.match(r".*\.layers\.\d+(?=\.)", own[0])
         name = f"{inside[0] if inside else f'{component}.text_model.encoder.layers.0'}.self_attn.out_proj"
         kind = dtype or like.down.dtype
-        made[name] = LoRALayer(torch.zeros(rank, width, dtype=kind), torch.zeros(width, rank, dtype=kind), 1.0)
-    return made
+        zeros[name] = LoRALayer(torch.zeros(rank, width, dtype=kind), torch.zeros(width, rank, dtype=kind), 1.0)
+    return zeros
 
 
 def exact_scalar(value: float, dtype: torch.dtype) -> Tensor:
@@ -112,6 +112,6 @@ def refuse_not_finite(path: object, layers: Mapping[str, LowRank], tensors: Mapp
     """
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
-            told = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
             name = next((name for name in layers if key.startswith(name)), key)
-            raise UserError(f"{path}: {name} has values that are not finite in {told}; write float32, or train again")
+            raise UserError(f"{path}: {name} has values that are not finite in {dtype}; write float32, or train again")

@@ -91,7 +91,7 @@ class LoRALayer(LowRank):
 
     @classmethod
     def collected(cls, tensors: Mapping[str, Array], alpha: float, scale: float) -> LowRank:
-        held = dict(tensors)
-        if "magnitude" in held:
-            held["magnitude"] = held["magnitude"].reshape(-1, *[1] * (len(held["down"].shape) - 1))
-        return cls(**held, alpha=alpha)
+        factors = dict(tensors)
+        if "magnitude" in factors:
+            factors["magnitude"] = factors["magnitude"].reshape(-1, *[1] * (len(factors["down"].shape) - 1))
+        return cls(**factors, alpha=alpha)

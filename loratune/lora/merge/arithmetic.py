@@ -102,8 +102,8 @@ def _sum(changes: Sequence[tuple[float, Rows]], rows: slice) -> Array:
     """sum_i w_i Delta W_i of some rows."""
     total: Array | None = None
     for weight, change in changes:
-        one = change(rows)
-        scaled = one if weight == 1 else one * weight
+        delta = change(rows)
+        scaled = delta if weight == 1 else delta * weight
         total = scaled if total is None else total + scaled
     assert total is not None
     return total.reshape(-1)
@@ -151,8 +151,8 @@ def checked(
     if tally.damaged:
         raise UserError(f"{where} has values that are not finite; the base is damaged, download it again")
     if tally.beyond:
-        told = f"values beyond {FLOATS[dtype].largest:g}, the most its dtype holds"
-        raise UserError(f"{where} would get {told}; give a smaller weight")
+        excess = f"values beyond {FLOATS[dtype].largest:g}, the most its dtype holds"
+        raise UserError(f"{where} would get {excess}; give a smaller weight")
     return tally
 
 
@@ -169,9 +169,9 @@ def left_over(merged_w: Array, total: Array, new: Bytes, dtype: str) -> tuple[in
     """
     unit = spacing(merged_w, dtype)
     reach = unit / 2 * SLACK
-    held = widened(new, dtype, np.float64)
-    off = np.abs(total - held)
-    gap = spacing(held * (1 - FLOATS[dtype].eps / 4), dtype)  # below a power of two it is half of that above
+    rounded = widened(new, dtype, np.float64)
+    off = np.abs(total - rounded)
+    gap = spacing(rounded * (1 - FLOATS[dtype].eps / 4), dtype)  # below a power of two it is half of that above
     doubtful = off + reach >= gap
     most, mean = (off + reach) ** 2, off**2 + unit**2 / 12
     return int(doubtful.sum()), float(most[doubtful].sum()), float(mean[doubtful].sum())

@@ -29,7 +29,7 @@ def report_of(
     for name, tally in tallies.items():
         blocks[block_of(name)] = blocks.get(block_of(name), Tally()) + tally
     whole = sum(tallies.values(), Tally())
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "out": str(asked.out),
         "base": asked.base.name,
         "loras": [
@@ -51,11 +51,11 @@ def report_of(
         **_tally(whole, asked.unmerge),
         "blocks": {block: _tally(blocks[block], asked.unmerge) for block in sorted(blocks, key=order_of)},
     }
-    return told
+    return report
 
 
 def _tally(tally: Tally, unmerge: bool) -> dict[str, Any]:
-    told = {
+    numbers = {
         "layers": tally.layers,
         "change": tally.ratio,
         "elements": tally.elements,
@@ -63,10 +63,10 @@ def _tally(tally: Tally, unmerge: bool) -> dict[str, Any]:
     }
     if unmerge:
         base = tally.base or 1.0
-        told["may differ"] = tally.doubtful
-        told["differ at most"] = (tally.bound / base) ** 0.5
-        told["differ expected"] = (tally.expected / base) ** 0.5
-    return told
+        numbers["may differ"] = tally.doubtful
+        numbers["differ at most"] = (tally.bound / base) ** 0.5
+        numbers["differ expected"] = (tally.expected / base) ** 0.5
+    return numbers
 
 
 class Bar:

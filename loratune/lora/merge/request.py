@@ -98,8 +98,8 @@ def check_blocks(given: Given, names: Collection[str]) -> None:
     for block in given.blocks:
         if not any(within(name, block) for name in names):
             known = sorted({block_of(name) for name in names})
-            told = f"there are {', '.join([*widest(), *known])} and what lies in them"
-            raise UserError(f"--lora {given.path}: the base has no block {block!r}; {told}")
+            known_blocks = f"there are {', '.join([*widest(), *known])} and what lies in them"
+            raise UserError(f"--lora {given.path}: the base has no block {block!r}; {known_blocks}")
 
 
 @dataclass(frozen=True)

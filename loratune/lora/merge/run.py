@@ -127,13 +127,13 @@ def _attempt(asked: Request, guessed: set[str], parts: set[str]) -> dict[str, An
         _load_numpy()  # only now, as it takes a while
         from loratune.lora.merge.stream import apply, patches
 
-        loras, found = _matched(asked, {name: slot.shape for name, slot in base.layers.items()})
-        if (actual := _parts_of(base, found.terms)) != parts:
+        loras, matches = _matched(asked, {name: slot.shape for name, slot in base.layers.items()})
+        if (actual := _parts_of(base, matches.terms)) != parts:
             raise _OtherParts(actual)
-        made = patches(base.layers, found.terms)
-        tallies = apply(made, changing, writer, withheld, asked.exact, asked.unmerge)
-    tensors = len({(patch.slot.file, patch.slot.key) for patch in made})
-    return report_of(asked, loras, found, tallies, tensors)
+        patched = patches(base.layers, matches.terms)
+        tallies = apply(patched, changing, writer, withheld, asked.exact, asked.unmerge)
+    tensors = len({(patch.slot.file, patch.slot.key) for patch in patched})
+    return report_of(asked, loras, matches, tallies, tensors)
 
 
 def _place(asked: Request, stack: ExitStack) -> Path:
@@ -227,8 +227,8 @@ def _matched(asked: Request, shapes: Mapping[str, Sequence[int]]) -> tuple[list[
     loras = [Weighted(one, read_layers(one.path, names, partial=asked.allow_partial)) for one in asked.given]
     for one in loras if asked.unmerge else []:
         if dora := [name for name, layer in one.file.layers.items() if layer.magnitude is not None]:
-            told = "is a DoRA, whose change depends on the W_0 that is wanted back"
-            raise UserError(f"{one.path}: {dora[0]} {told}; it cannot be unmerged")
+            reason = "is a DoRA, whose change depends on the W_0 that is wanted back"
+            raise UserError(f"{one.path}: {dora[0]} {reason}; it cannot be unmerged")
     return loras, terms_by_layer(loras, shapes, asked.allow_partial, -1 if asked.unmerge else 1)
 
 
@@ -249,9 +249,9 @@ def _converted(asked: Request) -> dict[str, Any]:
         for key in weights[part]
         if key.endswith(".weight")
     }
-    loras, found = _matched(asked, {name: weights[part][key].shape for name, (part, key) in flat.items()})
+    loras, matches = _matched(asked, {name: weights[part][key].shape for name, (part, key) in flat.items()})
     tallies: dict[str, Tally] = {}
-    for name, terms in found.terms.items():
+    for name, terms in matches.terms.items():
         if some := [(weight, layer) for weight, layer in terms if weight]:
             part, key = flat[name]
             where, new = f"{path}: {part} {key!r}", weights[part][key].clone().contiguous()
@@ -269,9 +269,9 @@ def _converted(asked: Request) -> dict[str, Any]:
     else:
         with atomic_folder(asked.out) as temporary:
             for part in weights:
-                changed = any(name.startswith(f"{part}.") for name in found.terms)
+                changed = any(name.startswith(f"{part}.") for name in matches.terms)
                 metadata = {"format": "pt", **(note if changed else {})}
                 (temporary / part).mkdir()
                 write_safetensors(temporary / part / asked.base.family.part(part).file, weights[part], metadata)
             write_settings(temporary, configs)
-    return report_of(asked, loras, found, tallies, len(tallies))
+    return report_of(asked, loras, matches, tallies, len(tallies))

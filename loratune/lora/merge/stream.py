@@ -48,14 +48,14 @@ def patches(slots: Mapping[str, Slot], terms: Mapping[str, Sequence[Term]]) -> l
     Raises:
         UserError: a tensor is of a dtype that holds no fractions.
     """
-    made = []
+    planned = []
     for name, some in terms.items():
         if some := [(weight, layer) for weight, layer in some if weight]:
             slot = slots[name]
             if slot.dtype not in FLOATS:
                 raise UserError(f"{slot.file}: {slot.key!r} is {slot.dtype}, which nothing can be added to")
-            made.append(Patch(name, slot, some))
-    return sorted(made, key=lambda patch: (patch.slot.file, patch.slot.start))
+            planned.append(Patch(name, slot, some))
+    return sorted(planned, key=lambda patch: (patch.slot.file, patch.slot.start))
 
 
 def apply(
@@ -115,10 +115,10 @@ class Buffers:
     def take(self, size: int) -> Bytes:
         """One of `size` bytes or more; waits until there is one."""
         with self._changed:
-            while (found := self._fitting(size)) is None:
+            while (buffer := self._fitting(size)) is None:
                 self._changed.wait()
             self._taken += 1
-            return found
+            return buffer
 
     def _fitting(self, size: int) -> Bytes | None:
         self._free.sort(key=len)

@@ -66,11 +66,11 @@ def numbered(layers: Named, metadata: Mapping[str, str]) -> dict[str, str]:
             continue
         for inside, dimensions in product(INSIDE, ((2, 4), (2,))):
             taken = {layer: shape for layer, shape in shapes.items() if len(shape) in dimensions}
-            found = {component: _order(component, taken, classes[component], inside) for component in sizes}
-            if all(_fit(found[component], sizes[component], shapes) for component in sizes):
-                return {f"{part}:{index}": name for part, names in found.items() for index, name in enumerate(names)}
-    told = ", ".join(f"{len(held)} of {part}" for part, held in sizes.items())
-    raise ValueError(f"its layers ({told}) fit neither Stable Diffusion 1.x nor 2.x in the order they are numbered")
+            orders = {component: _order(component, taken, classes[component], inside) for component in sizes}
+            if all(_fit(orders[component], sizes[component], shapes) for component in sizes):
+                return {f"{part}:{index}": name for part, names in orders.items() for index, name in enumerate(names)}
+    counts = ", ".join(f"{len(held)} of {part}" for part, held in sizes.items())
+    raise ValueError(f"its layers ({counts}) fit neither Stable Diffusion 1.x nor 2.x in the order they are numbered")
 
 
 def _classes(component: str, metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -54,10 +54,10 @@ def format_of(key: str) -> str | None:
 
     `A with B's suffixes` where the name is A's and the suffix B's.
     """
-    found = split(key)
-    if found is None or found[2] in (ALPHA, MAGNITUDE):
+    parts = split(key)
+    if parts is None or parts[2] in (ALPHA, MAGNITUDE):
         return None
-    raw, end, _ = found
+    raw, end, _ = parts
     tables = naming(raw)
     whole = next(
         (table for table in tables if end in table.suffixes or (table.every_kind and end in table.ends())), None

@@ -90,12 +90,12 @@ def write(layers: Mapping[str, LowRank], metadata: Mapping[str, str], dtype: Any
     kind = base_kind({name: layer.flat_shape for name, layer in layers.items()}, base)
     tensors: dict[str, Any] = {}
     for raw, name in kohya_names(own, kind).items():
-        held = own[name].tensors()
-        for field, tensor in held.items():
+        factors = own[name].tensors()
+        for field, tensor in factors.items():
             part = MAGNITUDE if field == "magnitude" else Part(own[name].kind, field)
             tensors[f"{raw}{KOHYA.suffix(part)}"] = tensor
         if name in alphas:
-            tensors[f"{raw}{KOHYA.suffix(ALPHA)}"] = exact_scalar(alphas[name], next(iter(held.values())).dtype)
+            tensors[f"{raw}{KOHYA.suffix(ALPHA)}"] = exact_scalar(alphas[name], next(iter(factors.values())).dtype)
     return tensors, padded(zeros)
 
 

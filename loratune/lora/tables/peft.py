@@ -153,8 +153,8 @@ def config_alpha(path: str, rank: int, config: Mapping[str, Any], source: str) -
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{source}: alpha_pattern is {patterns!r}; it must be a table")
-    given = [value for key, value in patterns.items() if _means(key, path, source)]
-    own = given[0] if given else config.get("lora_alpha", config.get("alpha"))
+    matching = [value for key, value in patterns.items() if _means(key, path, source)]
+    own = matching[0] if matching else config.get("lora_alpha", config.get("alpha"))
     if isinstance(own, bool) or not isinstance(own, int | float) or not abs(own) < 1e300:
         raise ValueError(f"{source} gives the alpha {own!r}; it must be a number")
     return float(own) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
