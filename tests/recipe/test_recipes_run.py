@@ -43,7 +43,7 @@ def placed(settings: dict[str, Any], tmp_path: Path) -> Path:
     settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
     if "buckets" in settings["data"]:
         settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
-    settings["data"]["cache"] = str(tmp_path / "cache")
+    settings["data"]["cache_dir"] = str(tmp_path / "cache")
     return out
 
 
@@ -72,6 +72,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
         "vae": str(small_vae),
         "path": str(images),
         "resolution": size,
+        "size": size,
         "batch_size": 2,
     }
     settings = stand_in(shipped, stands)
