@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 
+from loratune.families.known import FAMILIES
 from loratune.lora.kinds.known import KINDS
 from loratune.lora.kinds.layer import LowRank
 from loratune.lora.names import known_layers
@@ -45,11 +46,11 @@ def split(key: str) -> tuple[str, str, Part] | None:
 
 def naming(raw: str) -> tuple[Table, ...]:
     """The formats that spell a layer's name so, best first."""
-    return _naming(raw, tuple(TABLES.values()))
+    return _naming(raw, tuple(TABLES.values()), tuple(id(family) for family in FAMILIES))
 
 
 @lru_cache(maxsize=1 << 13)  # each layer has several keys
-def _naming(raw: str, tables: tuple[Table, ...]) -> tuple[Table, ...]:
+def _naming(raw: str, tables: tuple[Table, ...], families: tuple[int, ...]) -> tuple[Table, ...]:
     named = tuple(table for table in tables if table.begins and table.names(raw))
     return named or tuple(table for table in tables if not table.begins)
 
