@@ -15,7 +15,7 @@ from loratune.lora.kinds.layer import LowRank, missing
 from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.names import canonical_name, flat, known_shapes
 from loratune.lora.tables.comfyui import BARE
-from loratune.lora.tables.known import TABLES, format_of, inverted, known_names, naming, split
+from loratune.lora.tables.known import format_of, inverted, known_names, naming, split
 from loratune.lora.tables.kohya import components
 from loratune.lora.tables.table import Part, Table
 
@@ -166,7 +166,7 @@ def _grouped(header: Header, tokens: tuple[str, ...]) -> tuple[list[LayerKeys], 
             strays.append(key)
             continue
         raw, _, part = parts
-        tables = tuple(naming(raw))
+        tables = naming(raw)
         raw = raw.replace(".", "_") if tables[0].joined else raw
         layer = groups.setdefault(raw, LayerKeys(raw, tables))
         if part in layer.keys:
@@ -191,8 +191,9 @@ def _names(
     layers: list[LayerKeys], metadata: Mapping[str, str], names: tuple[str, ...]
 ) -> list[tuple[str | None, str]]:
     """The canonical name of each layer, or why there is none."""
-    spelt = {table: inverted(table, names) for table in TABLES.values()}
-    numbers = {table: _numbers(table, layers, metadata) for table in TABLES.values() if table.number}
+    used = {table for layer in layers for table in layer.tables}
+    spelt = {table: inverted(table, names) for table in used}
+    numbers = {table: _numbers(table, layers, metadata) for table in used if table.number}
     named: list[tuple[str | None, str]] = []
     for layer in layers:
         if layer.tables[0] in numbers:

@@ -136,6 +136,8 @@ def of_step(trainer: L.Trainer, loss: Tensor, batch_idx: int) -> Tensor:
         batch_idx: its number in the epoch.
     """
     whole = trainer.accumulate_grad_batches
+    if whole == 1:
+        return loss
     first = batch_idx // whole * whole
     count = min(first + whole, trainer.num_training_batches) - first
     return loss if count == whole else loss * (whole / count)
