@@ -43,7 +43,7 @@ def placed(settings: dict[str, Any], tmp_path: Path) -> Path:
     settings["trainer"] |= {"max_steps": STEPS, "default_root_dir": str(out), "accelerator": "cpu"}
     if "buckets" in settings["data"]:
         settings["data"]["buckets"] |= {"step": 8, "smallest": 8, "largest": 64}
-    settings["data"]["cache"] = str(tmp_path / "cache")
+    settings["data"]["cache_dir"] = str(tmp_path / "cache")
     return out
 
 
