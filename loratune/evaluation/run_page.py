@@ -49,7 +49,7 @@ def page_of(folder: Path, step: int, steps: int, facts: Sequence[tuple[str, str]
         folder: of the run; its history, recipe and figures are read.
         step: that it has reached.
         steps: that it is to do; -1 is not known.
-        told: names and numbers beside those in the history.
+        facts: names and numbers beside those in the history.
     """
     records = read(folder / FILE)
     lines = curves(records)

@@ -129,13 +129,13 @@ class Base:
     @cached_property
     def variants(self) -> dict[str, dict[str, WeightFiles]]:
         """The variants of its weights in a folder, by component; none for a component without safetensors files."""
-        held = {part: variants_of(os.listdir(self.path / part), self._part(part).file) for part in self.parts}
-        return {part: variants for part, variants in held.items() if variants}
+        by_part = {part: variants_of(os.listdir(self.path / part), self._part(part).file) for part in self.parts}
+        return {part: variants for part, variants in by_part.items() if variants}
 
     @cached_property
     def _chosen(self) -> dict[str, str]:
         chosen = choose(self.variants)
-        names = list(dict.fromkeys(variant or "full" for held in self.variants.values() for variant in held))
+        names = list(dict.fromkeys(variant or "full" for variants in self.variants.values() for variant in variants))
         if len(names) > 1:
             read = list(dict.fromkeys(variant or "full" for variant in chosen.values()))
             log.warning("%s: holds weights in the variants %s; %s is read", self.path, ", ".join(names), *read[:1])
@@ -178,8 +178,8 @@ class Base:
         """
         names = module_names(self._read_configs)
         parts = [part for part in self.parts if any(name.startswith(f"{part}.") for name in names)]
-        found = self._slots(parts, {f"{name}.weight" for name in names})
-        return {name.removesuffix(".weight"): slot for name, slot in found}
+        slots = self._slots(parts, {f"{name}.weight" for name in names})
+        return {name.removesuffix(".weight"): slot for name, slot in slots}
 
     @cached_property
     def tensors(self) -> dict[str, Slot]:
@@ -194,8 +194,8 @@ class Base:
         configs = {part: self._read_configs[part] for part in parts}
         if self.single:
             return slots_of(self.path, held_in_file(self.path, self.header(self.path)), configs, True, names)
-        held = held_in_folder({self._part(part): self.files(part) for part in parts})
-        return slots_of(self.path, held, configs, False, names)
+        entries = held_in_folder({self._part(part): self.files(part) for part in parts})
+        return slots_of(self.path, entries, configs, False, names)
 
     def read(self, name: str) -> Tensor:
         """A tensor by its canonical name with component, in its dtype and in the shape of its module.
@@ -259,7 +259,7 @@ def _state(path: Path) -> State:
     folders = (path, path / "scheduler", *(path / part for part in parts)) if path.is_dir() else ()
     files = [file for folder in folders for file in folder.glob("*") if file.is_file()] or [path]
     status = [(str(file), file.stat()) for file in sorted(files)]
-    return tuple((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in status)
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in status)
 
 
 @lru_cache(maxsize=8)

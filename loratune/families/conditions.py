@@ -40,10 +40,10 @@ def repeat_condition(condition: Condition, count: int) -> Condition:
     return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
 
 
-def choose_condition(chosen: Tensor, one: Condition, other: Condition) -> Condition:
+def choose_condition(chosen: Tensor, substitute: Condition, other: Condition) -> Condition:
     """A condition of batch 1 where `chosen` (B,) is true, and the first B of another where it is not."""
-    count, made = len(chosen), {}
+    count, mixed = len(chosen), {}
     for name, value in other.items():
-        first, rest = padded([one[name].to(value), value[:count]], 1)
-        made[name] = torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), first, rest)
-    return made
+        first, rest = padded([substitute[name].to(value), value[:count]], 1)
+        mixed[name] = torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), first, rest)
+    return mixed

@@ -35,6 +35,19 @@ def parts() -> dict[str, Part]:
     return {part.name: part for family in reversed(FAMILIES) for part in family.parts}
 
 
+def adaptable() -> dict[str, Part]:
+    """The components that LoRAs sit in, by name."""
+    return {name: part for name, part in parts().items() if part.adaptable}
+
+
+def kohya_prefixes() -> dict[str, tuple[str, ...]]:
+    """What kohya's names of a component's layers begin with, in any family."""
+    prefixes: dict[str, tuple[str, ...]] = {}
+    for part in (part for family in FAMILIES for part in family.parts if part.kohya):
+        prefixes[part.name] = tuple(dict.fromkeys((*prefixes.get(part.name, ()), *part.kohya)))
+    return prefixes
+
+
 def pipelines() -> dict[str, Family]:
     """The first family of each of diffusers' classes of pipeline."""
     return {name: family for family in reversed(FAMILIES) for name in family.pipelines()}

@@ -139,8 +139,8 @@ def unet_layers(config: Config) -> Iterator[Layer]:
     yield Layer("time_embedding.linear_1", "time_embed.0", (time, first))
     yield Layer("time_embedding.linear_2", "time_embed.2", (time, time))
     if config.get("addition_embed_type"):
-        told = get(config, "unet", "projection_class_embeddings_input_dim")
-        yield Layer("add_embedding.linear_1", "label_emb.0.0", (time, told))
+        width = get(config, "unet", "projection_class_embeddings_input_dim")
+        yield Layer("add_embedding.linear_1", "label_emb.0.0", (time, width))
         yield Layer("add_embedding.linear_2", "label_emb.0.2", (time, time))
     yield Layer("conv_in", "input_blocks.0.0", (first, get(config, "unet", "in_channels"), 3, 3))
     yield from _down(plan)

@@ -110,8 +110,8 @@ def refuse_other(config: Config, component: str, known: Mapping[str, tuple[Any, 
     """
     for key, values in known.items():
         if config.get(key, values[0]) not in values:
-            told = " and ".join(repr(value) for value in values)
-            raise UserError(f"{component} configuration: {key} is {config[key]!r}; only {told} is known here")
+            allowed = " and ".join(repr(value) for value in values)
+            raise UserError(f"{component} configuration: {key} is {config[key]!r}; only {allowed} is known here")
 
 
 def refuse_blocks(component: str, kinds: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -69,10 +69,10 @@ def wanted_files(names: Iterable[str]) -> list[str]:
         names: of all files, with `/` between folders.
     """
     names = list(names)
-    held = {
+    variants_by_part = {
         part: variants_of((file.rpartition("/")[2] for file in names if file.startswith(f"{part}/")), weights)
-        for part, weights in ((one.name, one.file) for one in parts().values())
+        for part, weights in ((place.name, place.file) for place in parts().values())
     }
-    chosen = choose({part: variants for part, variants in held.items() if variants})
-    files = {f"{part}/{file}" for part, variant in chosen.items() for file in held[part][variant].names}
+    chosen = choose({part: variants for part, variants in variants_by_part.items() if variants})
+    files = {f"{part}/{file}" for part, variant in chosen.items() for file in variants_by_part[part][variant].names}
     return [name for name in names if name in files or name.endswith((".json", ".txt"))]

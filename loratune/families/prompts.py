@@ -81,20 +81,20 @@ def _weight(text: str, prompt: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 <= weight < MOST:
-        told = "give a number of 0 or more, as in (word:1.2), or write \\( and \\) for brackets that are meant"
-        raise UserError(f"prompt {prompt!r}: {text.strip()!r} is no weight; {told}")
+        remedy = "give a number of 0 or more, as in (word:1.2), or write \\( and \\) for brackets that are meant"
+        raise UserError(f"prompt {prompt!r}: {text.strip()!r} is no weight; {remedy}")
     return weight
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
     """Parts with neighbours of one weight joined and empty ones left out."""
-    made: list[Part] = []
+    joined: list[Part] = []
     for part in parts:
-        if part.text and made and made[-1].weight == part.weight:
-            made[-1] = Part(made[-1].text + part.text, part.weight)
+        if part.text and joined and joined[-1].weight == part.weight:
+            joined[-1] = Part(joined[-1].text + part.text, part.weight)
         elif part.text:
-            made.append(part)
-    return made
+            joined.append(part)
+    return joined
 
 
 def format_weights(parts: Iterable[Part]) -> str:
@@ -118,14 +118,14 @@ def tokenise(prompt: str, tokenizer: Any, weights: bool = False) -> list[Token]:
     """
     parts = parse_weights(prompt) if weights else [Part(prompt, 1.0)]
     several = vectors_of(tokenizer)
-    made: list[Token] = []
+    tokens: list[Token] = []
     for text, weight in parts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         for number, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
             *first, last = several.get(number, (number,))
-            made += [Token(one, weight, INSIDE) for one in first]
-            made.append(Token(last, weight, _end(name, number in several)))
-    return made
+            tokens += [Token(piece, weight, INSIDE) for piece in first]
+            tokens.append(Token(last, weight, _end(name, number in several)))
+    return tokens
 
 
 def _end(name: str, new: bool) -> int:
@@ -137,13 +137,13 @@ def _end(name: str, new: bool) -> int:
 def vectors_of(tokenizer: Any) -> dict[int, tuple[int, ...]]:
     """What each token that was added to a tokenizer stands for: `x` is x, x_1, x_2 and so on, as far as they exist."""
     added: dict[str, int] = tokenizer.get_added_vocab()
-    made = {}
+    vectors = {}
     for name, number in added.items():
         more = 1
         while f"{name}_{more}" in added:
             more += 1
-        made[number] = (number, *(added[f"{name}_{i}"] for i in range(1, more)))
-    return made
+        vectors[number] = (number, *(added[f"{name}_{i}"] for i in range(1, more)))
+    return vectors
 
 
 def split(tokens: Sequence[Token], chunks: int, room: int) -> tuple[list[list[Token]], list[Token]]:
@@ -152,14 +152,14 @@ def split(tokens: Sequence[Token], chunks: int, room: int) -> tuple[list[list[To
     A window ends after the last comma near its end, else after the last whole word, but never where the rest would
     then not fit any more: nothing is left over unless there are more than chunks * room tokens.
     """
-    made: list[list[Token]] = []
+    filled: list[list[Token]] = []
     rest = list(tokens)
-    while rest and len(made) < chunks:
-        least = max(1, len(rest) - room * (chunks - len(made) - 1))
+    while rest and len(filled) < chunks:
+        least = max(1, len(rest) - room * (chunks - len(filled) - 1))
         at = len(rest) if len(rest) <= room else _cut(rest, least, room)
-        made.append(rest[:at])
+        filled.append(rest[:at])
         rest = rest[at:]
-    return made or [[]], rest
+    return filled or [[]], rest
 
 
 def _cut(tokens: Sequence[Token], least: int, room: int) -> int:
@@ -192,9 +192,9 @@ def windows(captions: Sequence[str], tokenizer: Any, width: int, prompts: Prompt
     counts: list[int] = []
     cut: dict[str, str] = {}
     for caption in captions:
-        made, rest = split(tokenise(caption, tokenizer, prompts.weighting), prompts.chunks, width - 2)
-        rows += made
-        counts.append(len(made))
+        parts, rest = split(tokenise(caption, tokenizer, prompts.weighting), prompts.chunks, width - 2)
+        rows += parts
+        counts.append(len(parts))
         if rest:
             cut[caption] = tokenizer.decode([token.id for token in rest])
     begin, end, pad = (Token(getattr(tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))
@@ -210,7 +210,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     mean of z, which for some encoders is near zero and then changes its sign.
     """
     weighed = states * weights.to(states, non_blocking=True)[..., None]
-    sizes = [one.detach().abs().mean((1, 2), keepdim=True) for one in (states, weighed)]
+    sizes = [embeddings.detach().abs().mean((1, 2), keepdim=True) for embeddings in (states, weighed)]
     return weighed * (sizes[0] / sizes[1].clamp_min(torch.finfo(states.dtype).tiny))
 
 
@@ -219,8 +219,8 @@ def join(states: Tensor, counts: Sequence[int], chunks: int) -> Tensor:
     if chunks == 1:
         return states
     places = filled(counts, chunks).flatten().nonzero().flatten().to(states.device, non_blocking=True)
-    made = states.new_zeros(len(counts) * chunks, *states.shape[1:]).index_copy(0, places, states)
-    return made.view(len(counts), chunks * states.shape[1], *states.shape[2:])
+    joined = states.new_zeros(len(counts) * chunks, *states.shape[1:]).index_copy(0, places, states)
+    return joined.view(len(counts), chunks * states.shape[1], *states.shape[2:])
 
 
 def filled(counts: Sequence[int], chunks: int) -> Tensor:

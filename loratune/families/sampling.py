@@ -66,7 +66,7 @@ def sample_images(
     """
     x_0 = sample_latents(model, prompts, seeds, height, width, steps, guidance_scale, sampler, on_step)
     # One at a time: a decoder takes gigabytes for an image of 1024 pixels.
-    return torch.cat([model.decode(one[None]) for one in x_0]).clamp(-1, 1)
+    return torch.cat([model.decode(latent[None]) for latent in x_0]).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -101,28 +101,28 @@ def sample_latents(
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = model.latent_shape(height, width)
     model.family.start_sampling(scheduler, steps, shape, model.device)
-    x = torch.stack([torch.randn(shape, generator=one) for one in random]).to(model.device)
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in random]).to(model.device)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    told = model.encode_prompts(prompts)
-    guided = guidance_scale != 1 and bool(told)
+    condition = model.encode_prompts(prompts)
+    guided = guidance_scale != 1 and bool(condition)
     if guided:
-        told = join_conditions([told, repeat_condition(model.encode_prompts([""]), len(prompts))])
+        condition = join_conditions([condition, repeat_condition(model.encode_prompts([""]), len(prompts))])
     extra = {"generator": random} if sampler in NOISY else {}
     scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for done, t in enumerate(scheduler.timesteps, 1):
-        output = _predict(model, scaled(x, t), t, told, guidance_scale if guided else 1.0)
-        made = scheduler.step(output, t, x, **extra)
-        x = made.prev_sample
+        output = _predict(model, scaled(x, t), t, condition, guidance_scale if guided else 1.0)
+        step = scheduler.step(output, t, x, **extra)
+        x = step.prev_sample
         if on_step:
             on_step(done, x)
-        if on_estimate and getattr(made, "pred_original_sample", None) is not None:
-            on_estimate(done, made.pred_original_sample)
+        if on_estimate and getattr(step, "pred_original_sample", None) is not None:
+            on_estimate(done, step.pred_original_sample)
     return x
 
 
-def _predict(model: Model, x: Tensor, t: Tensor, told: Condition, guidance_scale: float) -> Tensor:
+def _predict(model: Model, x: Tensor, t: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
     count = len(x)
     if guidance_scale == 1:
-        return model.denoise(x, t.expand(count), told)
-    both = model.denoise(torch.cat([x, x]), t.expand(2 * count), told)
+        return model.denoise(x, t.expand(count), condition)
+    both = model.denoise(torch.cat([x, x]), t.expand(2 * count), condition)
     return guide(both[:count], both[count:], guidance_scale)

@@ -209,13 +209,13 @@ class StableDiffusion(LatentFamily, DDPMFamily):
         from loratune.families.prompts import windows
 
         tokenizer, encoder = self.text_parts(model)[part]
-        made = windows(captions, tokenizer, encoder.config.max_position_embeddings, model.prompts)
-        for caption, lost in made.cut.items():
+        rows = windows(captions, tokenizer, encoder.config.max_position_embeddings, model.prompts)
+        for caption, lost in rows.cut.items():
             if caption not in model.warned:
                 model.warned.add(caption)
                 advice = "shorten it, or set prompts.chunks above"
                 log.warning("prompt %r: cut before %r; %s %d", caption, lost, advice, model.prompts.chunks)
-        return made
+        return rows
 
     def encode_prompts(self, model: LoadedModel, captions: Sequence[str]) -> Condition:
         """`text`, the last hidden states; with several windows `text_mask` is true where a caption fills one."""

@@ -89,7 +89,7 @@ class StableDiffusionXL(StableDiffusion):
         if model.prompts.chunks > 1:
             pooled = pooled[torch.tensor(firsts(read.counts)).to(pooled.device, non_blocking=True)]
         empty = torch.tensor([not caption for caption in captions]).to(model.device, non_blocking=True)
-        text = torch.cat([one["text"] for one in conditions], dim=-1)
+        text = torch.cat([condition["text"] for condition in conditions], dim=-1)
         zeroed = {"text": text.masked_fill(empty[:, None, None], 0), "pooled": pooled.masked_fill(empty[:, None], 0)}
         return conditions[0] | zeroed
 

@@ -32,18 +32,18 @@ def to_single_file(
     Raises:
         UserError: a key is not of the configurations' table, missing, or of another shape.
     """
-    given = {
+    tensors = {
         f"{part.name}.{key}": value
         for part in family_of(configs).parts
         for key, value in canonical_keys(part, components[part.name]).items()
     }
     table = {f"{component}.{key}": (shape, place) for component, key, shape, place in entries(configs)}
-    _check_keys(source, given.keys(), table.keys())
+    _check_keys(source, tensors.keys(), table.keys())
     parts: dict[str, list[Tensor]] = {}
     for name, (shape, place) in table.items():
-        _check_shape(source, name, given[name], (shape,))
-        parts.setdefault(place.key, []).append(_into_file(given[name], place))
-    return {key: torch.cat(held) if len(held) > 1 else held[0] for key, held in parts.items()}
+        _check_shape(source, name, tensors[name], (shape,))
+        parts.setdefault(place.key, []).append(_into_file(tensors[name], place))
+    return {key: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for key, pieces in parts.items()}
 
 
 def from_single_file(
@@ -80,17 +80,17 @@ def _out_of_file(value: Tensor, place: Place, shape: Shape) -> Tensor:
     return (part.T if place.transposed else part).reshape(shape)
 
 
-def _check_keys(source: Path | str, given: Collection[str], wanted: Collection[str]) -> None:
-    if unknown := [key for key in given if key not in wanted]:
+def _check_keys(source: Path | str, names: Collection[str], wanted: Collection[str]) -> None:
+    if unknown := [key for key in names if key not in wanted]:
         raise UserError(f"{source}: {unknown[0]!r} is not part of this architecture ({len(unknown)} such keys)")
-    if missing := sorted(set(wanted) - set(given)):
+    if missing := sorted(set(wanted) - set(names)):
         raise UserError(f"{source}: {missing[0]!r} is missing ({len(missing)} such keys); the weights are not complete")
 
 
 def _check_shape(source: Path | str, key: str, value: Tensor, taken: tuple[Shape, ...]) -> None:
     if tuple(value.shape) not in taken:
-        told = f"has shape {list(value.shape)}; this architecture has {list(taken[0])}"
-        raise UserError(f"{source}: {key!r} {told}")
+        fault = f"has shape {list(value.shape)}; this architecture has {list(taken[0])}"
+        raise UserError(f"{source}: {key!r} {fault}")
 
 
 def canonical_keys(part: Part, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,13 +67,13 @@ def held_in_folder(files: Mapping[Part, Mapping[Path, Header]]) -> Held:
 
 
 def slots_of(
-    source: Path, held: Held, configs: Mapping[str, Config], single: bool, names: Collection[str] | None = None
+    source: Path, stored: Held, configs: Mapping[str, Config], single: bool, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, Slot]]:
     """Where tensors lie, by canonical name with component; of every part with a configuration.
 
     Args:
         source: the base, for messages.
-        held: what its files hold.
+        stored: what its files hold.
         configs: by component.
         single: whether the base is a single file in the original layout.
         names: the tensors that are wanted; all, where none are given.
@@ -85,13 +85,13 @@ def slots_of(
         name = f"{component}.{key}"
         if names is None or name in names:
             place = in_file if single else Place(name, shape)
-            yield name, _slot(source, held.get(place.key), shape, place)
+            yield name, _slot(source, stored.get(place.key), shape, place)
 
 
-def _slot(source: Path, held: tuple[Path, str, TensorInfo] | None, shape: Shape, place: Place) -> Slot:
-    if held is None:
+def _slot(source: Path, entry: tuple[Path, str, TensorInfo] | None, shape: Shape, place: Place) -> Slot:
+    if entry is None:
         raise UserError(f"{source}: {place.key!r} is missing; the checkpoint is not complete, download it again")
-    path, key, info = held
+    path, key, info = entry
     if math.prod(info.shape) != math.prod(place.shape) or (place.rows is not None and info.shape != place.shape):
         fault = f"has shape {list(info.shape)} instead of {list(place.shape)}"
         raise UserError(f"{path}: {key!r} {fault}; the checkpoint is not complete, download it again")

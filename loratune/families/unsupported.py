@@ -83,5 +83,5 @@ def _is_inversion(shapes: Mapping[str, Shape]) -> bool:
 
 
 def _first(table: tuple[tuple[str, tuple[str, ...]], ...], keys: Collection[str]) -> str | None:
-    told = "\n".join(keys)  # one search for each part, not one for each part and key
-    return next((words for words, parts in table if any(part in told for part in parts)), None)
+    text = "\n".join(keys)  # one search for each part, not one for each part and key
+    return next((words for words, parts in table if any(part in text for part in parts)), None)

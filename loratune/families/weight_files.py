@@ -62,10 +62,10 @@ def variants_of(names: Iterable[str], weights: str) -> dict[str, WeightFiles]:
                 whole[variant] = name
         elif match := index_name.fullmatch(name):
             indexes[match["early"] or match["late"] or match["last"] or FULL] = name
-    held = {variant: WeightFiles((name,)) for variant, name in whole.items()}
+    variants = {variant: WeightFiles((name,)) for variant, name in whole.items()}
     for variant in {*shards, *indexes} - whole.keys():
-        held[variant] = WeightFiles(tuple(shards.get(variant, ())), indexes.get(variant))
-    return {variant: held[variant] for variant in sorted(held, key=_rank)}
+        variants[variant] = WeightFiles(tuple(shards.get(variant, ())), indexes.get(variant))
+    return {variant: variants[variant] for variant in sorted(variants, key=_rank)}
 
 
 def _rank(variant: str) -> tuple[int, str]:
@@ -73,15 +73,17 @@ def _rank(variant: str) -> tuple[int, str]:
     return order, variant
 
 
-def choose(held: Mapping[str, Mapping[str, WeightFiles]]) -> dict[str, str]:
+def choose(variants_by_part: Mapping[str, Mapping[str, WeightFiles]]) -> dict[str, str]:
     """The variant of each component that is read: the same for all where one is there for all.
 
     Args:
-        held: by component, its variants, the one to be read first; none without any.
+        variants_by_part: by component, its variants, the one to be read first; none without any.
     """
-    first = next(iter(held.values()), {})
-    common = next((variant for variant in first if all(variant in variants for variants in held.values())), None)
-    return {part: next(iter(variants)) if common is None else common for part, variants in held.items()}
+    first = next(iter(variants_by_part.values()), {})
+    common = next(
+        (variant for variant in first if all(variant in variants for variants in variants_by_part.values())), None
+    )
+    return {part: next(iter(variants)) if common is None else common for part, variants in variants_by_part.items()}
 
 
 def shards_of(folder: Path, files: WeightFiles) -> list[Path]:

@@ -83,8 +83,8 @@ def _common_shapes(sources: Sequence[Source]) -> dict[str, Shape]:
         for name, shape in shapes_of(source.path, source.file.layers).items():
             before, path = found.get(name, (shape, source.path))
             if before != shape and sorted((before, shape), key=len)[1] != (*sorted((before, shape), key=len)[0], 1, 1):
-                told = f"{list(shape)}, in {path} {list(before)}"
-                raise UserError(f"{source.path}: made for another base: {name} is {told}")
+                shapes = f"{list(shape)}, in {path} {list(before)}"
+                raise UserError(f"{source.path}: {name} is {shapes}; give LoRAs for the same base")
             found[name] = (max(before, shape, key=len), path)
     return {name: shape for name, (shape, _) in found.items()}
 

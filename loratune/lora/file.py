@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from loratune.errors import UserError
+from loratune.families.known import adaptable
 from loratune.formats.headers import Header, read_header
 from loratune.formats.numbers import FLOATS, Stored
 from loratune.lora.keys import Described, LayerKeys, describe_keys
 from loratune.lora.kinds.layer import LowRank
-from loratune.lora.names import COMPONENTS
 from loratune.lora.tables.known import TABLES
 from loratune.lora.tables.peft import METADATA
 from loratune.lora.tables.table import ALPHA, PADDING_KEY, Place
@@ -75,8 +75,8 @@ def write_lora(path: Path | str, lora: LoRAFile, format: str = "peft", dtype: to
     if not lora.layers:
         raise UserError(f"{path}: there is no layer to write; nothing was adapted")
     layers = dict(sorted(lora.layers.items()))
-    if unknown := [name for name in layers if name.split(".")[0] not in COMPONENTS]:
-        raise ValueError(f"the layer {unknown[0]!r} must begin with one of {COMPONENTS}")
+    if unknown := [name for name in layers if name.split(".")[0] not in adaptable()]:
+        raise ValueError(f"the layer {unknown[0]!r} must begin with one of {[*adaptable()]}")
     own = {key: value for key, value in lora.metadata.items() if key not in OURS}
     try:
         tensors, needed = TABLES[format].write(layers, own, dtype)

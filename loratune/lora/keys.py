@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from loratune.families.known import adaptable
 from loratune.formats.headers import Header, TensorInfo
 from loratune.lora.kinds.known import KINDS
 from loratune.lora.kinds.layer import LowRank, missing
 from loratune.lora.kinds.lora import LoRALayer
-from loratune.lora.names import COMPONENTS, canonical_name, flat, known_shapes
+from loratune.lora.names import canonical_name, flat, known_shapes
 from loratune.lora.tables.comfyui import BARE
-from loratune.lora.tables.known import TABLES, format_of, inverted, known_names, naming, split
-from loratune.lora.tables.kohya import COMPONENTS as KOHYA
+from loratune.lora.tables.known import format_of, inverted, known_names, naming, split
+from loratune.lora.tables.kohya import components
 from loratune.lora.tables.table import Part, Table
 
 TOKEN = "<embed>"  # how cloneofsimo's metadata mark a learned token
@@ -165,7 +166,7 @@ def _grouped(header: Header, tokens: tuple[str, ...]) -> tuple[list[LayerKeys], 
             strays.append(key)
             continue
         raw, _, part = found
-        tables = tuple(naming(raw))
+        tables = naming(raw)
         raw = raw.replace(".", "_") if tables[0].joined else raw
         layer = groups.setdefault(raw, LayerKeys(raw, tables))
         if part in layer.keys:
@@ -190,8 +191,9 @@ def _names(
     layers: list[LayerKeys], metadata: Mapping[str, str], names: tuple[str, ...]
 ) -> list[tuple[str | None, str]]:
     """The canonical name of each layer, or why there is none."""
-    spelt = {table: inverted(table, names) for table in TABLES.values()}
-    numbers = {table: _numbers(table, layers, metadata) for table in TABLES.values() if table.number}
+    used = {table for layer in layers for table in layer.tables}
+    spelt = {table: inverted(table, names) for table in used}
+    numbers = {table: _numbers(table, layers, metadata) for table in used if table.number}
     found: list[tuple[str | None, str]] = []
     for layer in layers:
         if layer.tables[0] in numbers:
@@ -241,5 +243,5 @@ def _numbers(table: Table, layers: list[LayerKeys], metadata: Mapping[str, str])
 
 def component_of(raw: str) -> str:
     """unet, text_encoder or text_encoder_2, by a layer's name in the file; "" where it does not tell."""
-    joined = next((part for prefix, part in KOHYA.items() if raw.startswith(prefix)), "")
-    return joined or next((part for part in COMPONENTS if re.match(rf"{part}[.:]", raw)), "")
+    joined = next((part for prefix, part in components().items() if raw.startswith(prefix)), "")
+    return joined or next((part for part in adaptable() if re.match(rf"{part}[.:]", raw)), "")

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 
 from loratune.families.architectures import architectures, entries, module_names, original_names
-from loratune.families.layout_text import canonical_text_name
+from loratune.families.known import FAMILIES, adaptable
 from loratune.families.layouts import Shape
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @cache
@@ -45,14 +43,16 @@ def flat(shape: Shape) -> tuple[int, int]:
 
 
 def base_kind(shapes: Mapping[str, tuple[int, int]], told: str = "") -> str:
-    """What a LoRA's layers are for, sd or sdxl: by their names, then their shapes, then by what the file says.
+    """What a LoRA's layers are for, sd, sdxl or another family: by names, then shapes, then by what the file says.
 
     Args:
         shapes: (out, in k k) by canonical name.
         told: the file's own word, sd-scripts' `ss_base_model_version` or Stability's `modelspec.architecture`.
     """
-    if any(name.startswith("text_encoder_2.") for name in shapes):
-        return "sdxl"
+    components = {name.partition(".")[0] for name in shapes}
+    owners = [family for family in FAMILIES if components <= {part.name for part in family.parts}]
+    if len(owners) == 1:
+        return owners[0].name
     named = {one for one, known in known_shapes().items() if shapes.keys() <= known.keys()}
     fitting = {one for one in named if all(flat(known_shapes()[one][name]) == shape for name, shape in shapes.items())}
     kinds = {"sdxl" if one.startswith("sdxl") else "sd" for one in fitting or named}
@@ -64,6 +64,6 @@ def base_kind(shapes: Mapping[str, tuple[int, int]], told: str = "") -> str:
 def canonical_name(raw: str) -> str | None:
     """The canonical name of a layer whose name in the file has dots, or None where the component is not known."""
     component, _, path = raw.partition(".")
-    if component not in COMPONENTS or not path:
+    if component not in adaptable() or not path:
         return None
-    return raw if component == "unet" else f"{component}.{canonical_text_name(path)}"
+    return f"{component}.{adaptable()[component].canonical(path) or path}"

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loratune.errors import UserError
+from loratune.families.known import kohya_prefixes
 from loratune.lora.kinds.layer import LowRank
 from loratune.lora.kinds.lora import LoRALayer
 
-PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 # How a residual block's layers are called in the original layout.
 RESNET = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3"}
 RESNET["conv_shortcut"] = "skip_connection"
@@ -95,7 +95,7 @@ def _kohya_name(file: _File, name: str) -> str:
     component, _, path = name.partition(".")
     there = {key.partition(".")[0] for key in file.tensors}
     paths = (path, _original(path)) if component == "unet" else (path,)
-    spelt = [f"{prefix}{one.replace('.', '_')}" for prefix in PREFIXES[component] for one in paths]
+    spelt = [f"{prefix}{one.replace('.', '_')}" for prefix in kohya_prefixes()[component] for one in paths]
     return next((one for one in spelt if one in there), spelt[0])
 
 

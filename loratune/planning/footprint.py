@@ -183,7 +183,7 @@ def step(
         model: imagined.
         count: images in the batch.
         shape: of one x_0.
-        told: makes the batch's condition.
+        conditioning: makes the batch's condition.
         rules: of the device and the precision.
         backward: whether the peak may be in it, as with checkpointing.
     """

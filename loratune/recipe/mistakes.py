@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from loratune.errors import visible
 from loratune.recipe.reader import compose, walk
 
 
@@ -58,7 +57,7 @@ def explain(message: str, recipes: Sequence[Entry], known: Iterable[str]) -> str
     if match := re.search(r"Importing '([^']+)' is not allowed", message):
         return f"{place(match[1], recipes)}{foreign(match[1])}"
     if match := re.search(r"does not accept option '([^']+)'", message):
-        return _unknown(match[1], recipes, known)
+        return _unknown(_dotted(match[1], recipes), recipes, known)
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return _unknown(match[1], recipes, known)
     if match := re.search(r"Option '([^']+)' is not accepted", message):
@@ -89,8 +88,13 @@ def _unknown_in_class(key: str, recipes: Sequence[Entry], known: Iterable[str]) 
         if dotted.split(".")[-1] == key and named:
             names = [f"{dotted.rsplit('.', 1)[0]}.{name}" for name in _parameters(named)]
             return f"{path}:{line}: unknown key '{dotted}' of {named}{_did_you_mean(dotted, names)}"
-    dotted = next((entry.key for entry in recipes if visible(entry.key.split(".")[-1]) == key), key)
-    return _unknown(dotted, recipes, known)
+    return _unknown(_dotted(key, recipes), recipes, known)
+
+
+def _dotted(key: str, recipes: Sequence[Entry]) -> str:
+    """A key with what is above it; without a sub-command the parser names the last part alone."""
+    keys = [entry.key for entry in recipes]
+    return key if key in keys else next((other for other in keys if other.endswith(f".{key}")), key)
 
 
 def _parameters(name: str) -> list[str]:

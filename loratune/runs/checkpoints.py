@@ -52,8 +52,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
         except (OSError, RuntimeError, UnwritableError) as error:  # RuntimeError: a full disk, by torch's writer
             self.failed.add(str(path))
-            said = " ".join(str(error).split()).removeprefix(f"{path}: ")
-            log.warning("%s: this checkpoint was not saved (%s); training goes on, earlier ones stay", path, said)
+            reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+            log.warning("%s: this checkpoint was not saved (%s); training goes on, earlier ones stay", path, reason)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -84,8 +84,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint in a folder that was written last, or None where there is none."""
-    found = [(path.stat().st_mtime_ns, path.name == "last.ckpt", path) for path in _checkpoints(folder)]
-    for _, _, path in sorted(found, reverse=True):
+    candidates = [(path.stat().st_mtime_ns, path.name == "last.ckpt", path) for path in _checkpoints(folder)]
+    for _, _, path in sorted(candidates, reverse=True):
         if is_whole(path):
             return path
         log.warning("%s: not whole; the one before it is taken", path)
@@ -154,8 +154,8 @@ class Checkpoints(ModelCheckpoint):
     def _judge(self, trainer: L.Trainer) -> None:
         logged = trainer.callback_metrics
         if self.monitor not in logged:
-            told = ", ".join(sorted(name for name in logged if not name.startswith("train/")))
-            raise UserError(f"checkpoint.monitor is {self.monitor}, which no validation logs; there is {told}")
+            available = ", ".join(sorted(name for name in logged if not name.startswith("train/")))
+            raise UserError(f"checkpoint.monitor is {self.monitor}, which no validation logs; there is {available}")
         self._judges = True
         try:
             self._save_topk_checkpoint(trainer, super()._monitor_candidates(trainer))
@@ -164,8 +164,8 @@ class Checkpoints(ModelCheckpoint):
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """What is known; the last checkpoint does not wait for what only a validation tells."""
-        found = super()._monitor_candidates(trainer)
-        return {str(self.monitor): torch.tensor(torch.nan)} | found if self._waits else found
+        candidates = super()._monitor_candidates(trainer)
+        return {str(self.monitor): torch.tensor(torch.nan)} | candidates if self._waits else candidates
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the step's numbers where they are not logged yet."""
@@ -269,14 +269,14 @@ def _validation_follows(trainer: L.Trainer) -> bool:
 def not_logged_yet(trainer: L.Trainer) -> dict[str, float]:
     """What Lightning will log of this step when its callbacks are done, and a run that goes on from here will not."""
     connector = trainer._logger_connector
-    held = connector.metrics["log"] if connector.should_update_logs else {}
-    return {name: float(value) for name, value in held.items() if not isinstance(value, Mapping)}
+    metrics = connector.metrics["log"] if connector.should_update_logs else {}
+    return {name: float(value) for name, value in metrics.items() if not isinstance(value, Mapping)}
 
 
 def checkpoints_of(trainer: L.Trainer) -> Checkpoints | None:
     """The run's callback that keeps checkpoints, where it is ours."""
-    found = trainer.checkpoint_callback
-    return found if isinstance(found, Checkpoints) else None
+    callback = trainer.checkpoint_callback
+    return callback if isinstance(callback, Checkpoints) else None
 
 
 def use_atomic(trainer: L.Trainer) -> L.Trainer:

@@ -25,7 +25,7 @@ RESULTS = ("lora.safetensors", "learned_embeds.safetensors", REPORT, RECIPE, "ch
 _taken_at: dict[Path, float] = {}
 """When this process took a folder, in seconds since 1970: what lies there from before is an earlier run's."""
 _held: dict[Path, tuple[int, list[Path]]] = {}
-"""The lock's descriptor of each folder of this process, and the folders that were made for it, innermost first."""
+"""The lock's descriptor of each folder of this process, and the folders created for it, innermost first."""
 
 
 def take(folder: Path) -> None:
@@ -37,7 +37,7 @@ def take(folder: Path) -> None:
     folder = folder.resolve()
     if folder in _held:
         return
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | BINARY | NO_FOLLOW, 0o644)
@@ -48,14 +48,14 @@ def take(folder: Path) -> None:
     if not try_lock(descriptor):
         owner = read_at(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
-        told = f"{folder}: a run is under way there ({owner or 'of another process'})"
-        raise UserError(f"{told}; wait for it, stop it, or set trainer.default_root_dir to another folder") from None
+        fault = f"{folder}: a run is under way there ({owner or 'of another process'})"
+        raise UserError(f"{fault}; wait for it, stop it, or set trainer.default_root_dir to another folder") from None
     if not _is_still(descriptor, folder / LOCK):  # its owner gave it back, and removed it, between open and lock
         os.close(descriptor)
         return take(folder)
     os.ftruncate(descriptor, 0)
     write_at(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _held[folder] = descriptor, made
+    _held[folder] = descriptor, missing
     _taken_at[folder] = time.time()
 
 
@@ -69,12 +69,12 @@ def _is_still(descriptor: int, path: Path) -> bool:
 def give_back() -> None:
     """Let other processes have this one's folders; of those in which no run began nothing is left."""
     while _held:
-        folder, (descriptor, made) = _held.popitem()
+        folder, (descriptor, created) = _held.popitem()
         with suppress(OSError):
-            if made and set(folder.iterdir()) == {folder / LOCK}:
+            if created and set(folder.iterdir()) == {folder / LOCK}:
                 (folder / LOCK).unlink()
-            for one in made:
-                one.rmdir()
+            for new in created:
+                new.rmdir()
         with suppress(OSError):
             os.close(descriptor)
 
@@ -116,9 +116,9 @@ def refuse_another(folder: Path, resumed: Path | None, last: bool) -> None:
     refuse_foreign(folder)
     if not holds_a_run(folder):
         return
-    told = f"{folder}: holds another run" if resumed else f"{folder}: holds a run"
+    fault = f"{folder}: holds another run" if resumed else f"{folder}: holds a run"
     raise UserError(
-        f"{told}; go on with it by --ckpt_path last, set trainer.default_root_dir to another folder, "
+        f"{fault}; go on with it by --ckpt_path last, set trainer.default_root_dir to another folder, "
         "or replace it by --run.overwrite true"
     )
 

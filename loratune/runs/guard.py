@@ -104,14 +104,14 @@ class Guard(L.Callback):
         Raises:
             UserError: there were too many in a row.
         """
-        found = torch.stack([bad for *_, bad in self._waiting]).tolist() if self._waiting else []
-        for bad in found:
+        flags = torch.stack([bad for *_, bad in self._waiting]).tolist() if self._waiting else []
+        for bad in flags:
             step, names, _ = self._waiting.popleft()
             self.in_a_row = self.in_a_row + 1 if bad else 0
             self.skipped += bool(bad)
             if bad:
-                told = f"step {step + 1}: NaN or Inf in the loss or the gradients"
-                log.warning("%s; the step was skipped (images: %s)", told, listed(names))
+                fault = f"step {step + 1}: NaN or Inf in the loss or the gradients"
+                log.warning("%s; the step was skipped (images: %s)", fault, listed(names))
             if self.max_skipped_steps and self.in_a_row >= self.max_skipped_steps:
                 self._waiting.clear()
                 raise UserError(self._too_many(trainer, step, names))
@@ -119,10 +119,10 @@ class Guard(L.Callback):
     def _too_many(self, trainer: L.Trainer, step: int, names: list[str]) -> str:
         kept = checkpoints_of(trainer)
         path = (kept.last_model_path or kept.best_model_path) if kept else ""
-        told = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        last_good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
         return (
             f"step {step + 1}: NaN or Inf in the loss or the gradients for {self.in_a_row} steps in a row "
-            f"(guard.max_skipped_steps), lastly with the images {listed(names)}; {told}; "
+            f"(guard.max_skipped_steps), lastly with the images {listed(names)}; {last_good}; "
             "lower the learning rate, or look at these images"
         )
 

@@ -28,15 +28,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a line that was cut off by the end of a process is left out."""
     if not path.is_file():
         return []
-    found = []
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def cut(path: Path, step: int) -> None:
@@ -50,18 +50,18 @@ def cut(path: Path, step: int) -> None:
 
 def curves(records: Iterable[Mapping[str, Any]]) -> Curves:
     """Numbers by name as (step, value), steps rising, each step once: what was written last counts."""
-    found: dict[str, dict[int, float]] = {}
+    lines: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                found.setdefault(name, {})[record["step"]] = float(value)
-    return {name: sorted(points.items()) for name, points in found.items()}
+                lines.setdefault(name, {})[record["step"]] = float(value)
+    return {name: sorted(points.items()) for name, points in lines.items()}
 
 
 def notes(records: Iterable[Mapping[str, Any]], kind: str = "warning") -> list[tuple[int, str]]:
     """Words of a kind and their steps, each once."""
-    told = {(record["step"], record[kind]): None for record in records if isinstance(record.get(kind), str)}
-    return sorted(told)
+    texts = {(record["step"], record[kind]): None for record in records if isinstance(record.get(kind), str)}
+    return sorted(texts)
 
 
 class History(Logger):

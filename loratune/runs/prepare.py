@@ -35,25 +35,25 @@ def prepare(verb: str, chosen: Any, recipe: Callable[[], str]) -> None:
     Raises:
         UserError: the folder is in use or holds another run, or the checkpoint is another run's.
     """
-    folder, given = Path(chosen.trainer.default_root_dir), chosen.get("ckpt_path")
-    if given is None and verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        given = "last"  # the batch system runs the same command again
-    if given in ("last", "hpc"):
-        found = last_checkpoint(Path(chosen.checkpoint.dirpath))
-        chosen.ckpt_path = None if found is None else str(found)
-        if found is None and verb != "fit":
+    folder, wanted = Path(chosen.trainer.default_root_dir), chosen.get("ckpt_path")
+    if wanted is None and verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        wanted = "last"  # the batch system runs the same command again
+    if wanted in ("last", "hpc"):
+        last = last_checkpoint(Path(chosen.checkpoint.dirpath))
+        chosen.ckpt_path = None if last is None else str(last)
+        if last is None and verb != "fit":
             raise UserError(f"{chosen.checkpoint.dirpath}: holds no checkpoint; give --ckpt_path FILE")
     if verb != "fit":
         return
     resumed = Path(chosen.ckpt_path) if chosen.get("ckpt_path") not in (None, "best") else None
     if resumed is not None and chosen.run.overwrite:
-        raise UserError(f"run.overwrite is true, and --ckpt_path {given} goes on with a run; leave out one of them")
+        raise UserError(f"run.overwrite is true, and --ckpt_path {wanted} goes on with a run; leave out one of them")
     if is_first():
         take(folder)
         if chosen.run.overwrite:
             refuse_foreign(folder)
         else:
-            refuse_another(folder, resumed, given in ("last", "hpc"))
+            refuse_another(folder, resumed, wanted in ("last", "hpc"))
     if resumed is not None:
         check_recipe(resumed, recipe(), chosen.run.allow_changed)
 
@@ -94,12 +94,13 @@ def refuse_faults(data: CaptionedImages, model: Any) -> None:
     prompts = Prompts(**prompts.as_dict()) if prompts else Prompts()
     count = counter(prompts, NewToken(**token.as_dict()) if token else None)
     faults = audit(data.collection, data.batch_size, count, WINDOW * prompts.chunks, data.num_workers).serious
-    for one in faults:
-        if one.kind == "no_caption" and data.allow_missing_captions:
+    for finding in faults:
+        if finding.kind == "no_caption" and data.allow_missing_captions:
             continue
-        more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
-        told = f"{len(one.names)} {one.message}: {one.names[0]}{more}; {one.mend}, or set data.strict: false"
-        raise UserError(f"data.strict: {told} (loratune data RECIPE lists all)")
+        more = f" and {len(finding.names) - 1} more" if len(finding.names) > 1 else ""
+        fault = f"{len(finding.names)} {finding.message}: {finding.names[0]}{more}"
+        remedy = f"{finding.mend}, or set data.strict: false (loratune data RECIPE lists all)"
+        raise UserError(f"data.strict: {fault}; {remedy}")
 
 
 class Sizes:

@@ -40,10 +40,10 @@ def flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """A recipe as dotted keys and their values as JSON; lists are values."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: json.dumps(tree, sort_keys=True, default=str)}
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        keys |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return keys
 
 
 def what_matters(recipe: str) -> dict[str, str]:
@@ -51,8 +51,10 @@ def what_matters(recipe: str) -> dict[str, str]:
     tree = yaml.safe_load(recipe) or {}
     kept = {name: tree[name] for name in SECTIONS if name in tree}
     if (tree.get("data") or {}).get("sources"):  # where they are matters not; what is in them is compared for itself
-        told = [{key: value for key, value in one.items() if key not in PLACES} for one in tree["data"]["sources"]]
-        kept["data"] = kept["data"] | {"sources": told}
+        sources = [
+            {key: value for key, value in source.items() if key not in PLACES} for source in tree["data"]["sources"]
+        ]
+        kept["data"] = kept["data"] | {"sources": sources}
     kept["trainer"] = {key: value for key, value in (tree.get("trainer") or {}).items() if key in TRAINER}
     return {key: value for key, value in flat(kept).items() if key not in FREE}
 
@@ -73,14 +75,14 @@ def _below(key: str, names: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def refuse_differences(checkpoint: str, found: list[str]) -> None:
+def refuse_differences(checkpoint: str, changed: list[str]) -> None:
     """Raise UserError in one line where there are differences."""
-    if not found:
+    if not changed:
         return
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    keys = ", ".join(line.partition(":")[0] for line in found)
+    more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    keys = ", ".join(line.partition(":")[0] for line in changed)
     raise UserError(
-        f"{checkpoint}: is of another run: {'; '.join(found[:SHOWN])}{more}; "
+        f"{checkpoint}: is of another run: {'; '.join(changed[:SHOWN])}{more}; "
         f"undo the change, train anew in another folder, or allow it by run.allow_changed: [{keys}]"
     )
 
@@ -96,12 +98,12 @@ def check_recipe(path: Path, recipe: str, allow: Collection[str]) -> None:
     Raises:
         UserError: it holds weights only, or the recipe differs.
     """
-    held = {} if path.is_dir() else read_checkpoint(path)
-    if held and "optimizer_states" not in held:
+    checkpoint = {} if path.is_dir() else read_checkpoint(path)
+    if checkpoint and "optimizer_states" not in checkpoint:
         raise UserError(f"{path}: holds weights alone, from which no run can go on; give a whole checkpoint")
-    if told := held.get(KEY):
-        refuse_differences(str(path), differences(told["recipe"], what_matters(recipe), allow))
-    elif held:
+    if saved := checkpoint.get(KEY):
+        refuse_differences(str(path), differences(saved["recipe"], what_matters(recipe), allow))
+    elif checkpoint:
         log.warning("%s: says nothing of its recipe, base and data; nothing was compared", path)
 
 
@@ -151,24 +153,24 @@ class Run(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what the run is made of, and where every process's generators stand."""
-        held: list[Any] = [states()]
+        generators: list[Any] = [states()]
         if trainer.world_size > 1:
-            held = [None] * trainer.world_size
-            torch.distributed.all_gather_object(held, states())
-        told = {"version": __version__, "recipe": what_matters(self.recipe), "made_of": self._made_of(trainer)}
-        checkpoint[KEY] = {**told, "generators": held}
+            generators = [None] * trainer.world_size
+            torch.distributed.all_gather_object(generators, states())
+        facts = {"version": __version__, "recipe": what_matters(self.recipe), "made_of": self._made_of(trainer)}
+        checkpoint[KEY] = {**facts, "generators": generators}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare, and remember where the generators stood."""
-        told = checkpoint.get(KEY)
-        if told is None or trainer.state.fn != "fit":
+        saved = checkpoint.get(KEY)
+        if saved is None or trainer.state.fn != "fit":
             return
-        made = self._made_of(trainer)
-        found = differences(told["recipe"], what_matters(self.recipe), self.allow_changed)
-        found += differences(told["made_of"], made, self.allow_changed)
-        refuse_differences(str(trainer.ckpt_path), found)
-        self._states = told["generators"]
-        self._changed = [line.partition(":")[0] for line in differences(told["recipe"], what_matters(self.recipe))]
+        made_of = self._made_of(trainer)
+        changed = differences(saved["recipe"], what_matters(self.recipe), self.allow_changed)
+        changed += differences(saved["made_of"], made_of, self.allow_changed)
+        refuse_differences(str(trainer.ckpt_path), changed)
+        self._states = saved["generators"]
+        self._changed = [line.partition(":")[0] for line in differences(saved["recipe"], what_matters(self.recipe))]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What is logged, and what the optimizer is asked for, is this run's from here on."""

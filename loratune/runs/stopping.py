@@ -39,14 +39,14 @@ class Signals:
         self.asked, self.waits, self._process = 0, False, os.getpid()
         in_batch_system = "SLURM_JOB_ID" in os.environ
         for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1, signal.SIGUSR2) if in_batch_system else ())):
-            held = signal.signal(number, self._take)
-            self._before.setdefault(number, held)
+            before = signal.signal(number, self._take)
+            self._before.setdefault(number, before)
 
     def forget(self) -> None:
         """Signals do again what they did before."""
         if threading.current_thread() is threading.main_thread():
-            for number, held in self._before.items():
-                signal.signal(number, signal.SIG_DFL if held is None else held)
+            for number, before in self._before.items():
+                signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before, self.asked, self.waits = {}, 0, False
 
     def _take(self, number: int, _: FrameType | None) -> None:
@@ -66,19 +66,19 @@ class Signals:
             Stopped: always.
         """
         number = self.asked or signal.SIGTERM  # of another process, where it is 0 here
-        told = f"saved to {saved}" if saved else "the last checkpoint could not be written; the one before it stays"
-        told = f"step {trainer.global_step}: {told}; --ckpt_path last goes on from there"
+        message = f"saved to {saved}" if saved else "the last checkpoint could not be written; the one before it stays"
+        message = f"step {trainer.global_step}: {message}; --ckpt_path last goes on from there"
         if not trainer.is_global_zero:
             raise Stopped(0)  # a launcher would take another code for a crash, and kill the first process
         if number in (signal.SIGUSR1, signal.SIGUSR2):
-            told += requeue()
-        leave(number, told)
+            message += requeue()
+        leave(number, message)
 
 
-def leave(number: int, told: str) -> None:
+def leave(number: int, message: str) -> None:
     """Say why, and raise Stopped."""
-    told = told or "stopped; what is encoded and saved stays, and the same command with --ckpt_path last goes on"
-    print(f"loratune: {signal.Signals(number).name}: {told}", file=sys.stderr, flush=True)
+    message = message or "stopped; what is encoded and saved stays, and the same command with --ckpt_path last goes on"
+    print(f"loratune: {signal.Signals(number).name}: {message}", file=sys.stderr, flush=True)
     raise Stopped(128 + number)
 
 

@@ -115,7 +115,8 @@ class AutoencoderModule(L.LightningModule):
     def save(self, target: Target) -> list[Path]:
         """Write the VAE as diffusers' folder vae/, with its scaling factor."""
         folder = target.folder / "vae"
-        self.set_scale(self.trainer.train_dataloader or [])
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.set_scale(data.train_dataloader())  # a loader of its own: the run's counts the batches it is asked for
         self.vae.save_pretrained(folder)
         return [folder]
 

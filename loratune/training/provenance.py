@@ -76,7 +76,7 @@ def standard(trainer: L.Trainer, model: Model, kind: str, layers: Mapping[str, L
         module=maker,
         arguments=arguments,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        resolution=getattr(data, "size", None),
+        resolution=getattr(data, "resolution", None),
         prediction=PREDICTIONS.get(model.prediction, model.prediction),
         tags=_tags(data),
     )

@@ -53,11 +53,13 @@ class LRSchedule:
         value = getattr(self, key)
         if value is None:
             if self.name == name:
-                raise ValueError(f"lr_schedule.name is {name}; give schedule.{key} too")
+                raise ValueError(f"lr_schedule.name is {name}; give lr_schedule.{key} too")
         elif self.name != name:
-            raise ValueError(f"schedule.{key} is of the name {name}, not {self.name}; leave it out")
+            raise ValueError(f"lr_schedule.{key} is of the name {name}, not {self.name}; leave it out")
         elif value < least or not value:
-            raise ValueError(f"schedule.{key} is {value}; give {least or 'a number above 0'}{' or more' * bool(least)}")
+            raise ValueError(
+                f"lr_schedule.{key} is {value}; give {least or 'a number above 0'}{' or more' * bool(least)}"
+            )
 
     def factor(self, step: int, total: float) -> float:
         """The fraction of the full rate at a step of 0..total, in [0, 1]."""
@@ -134,6 +136,8 @@ def of_step(trainer: L.Trainer, loss: Tensor, batch_idx: int) -> Tensor:
         batch_idx: its number in the epoch.
     """
     whole = trainer.accumulate_grad_batches
+    if whole == 1:
+        return loss
     first = batch_idx // whole * whole
     count = min(first + whole, trainer.num_training_batches) - first
     return loss if count == whole else loss * (whole / count)

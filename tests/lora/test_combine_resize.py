@@ -214,7 +214,7 @@ def test_a_lora_of_zeros_stays_one(tmp_path):
         (["combine", "--lora", "one.safetensors:1,left=0", "--out", "o.safetensors"], "no block 'left'"),
         (
             ["combine", "--lora", "one.safetensors", "--lora", "small.safetensors", "--out", "o.safetensors"],
-            "made for another base",
+            "give LoRAs for the same base",
         ),
     ],
 )

@@ -94,6 +94,6 @@ def test_a_base_in_bfloat16_needs_no_autocast(base: torch.dtype) -> None:
 
 def test_dora_stays_pefts() -> None:
     net = Net()
-    inject(net, LoRA(rank=3, kind="dora", targets=".*"), ".*")
+    inject(net, LoRA(rank=3, type="dora", targets=".*"), ".*")
     assert all(layer.lora_variant[ADAPTER] is not Fused for layer in adapted_layers(net).values())
     assert all(layer.cast_input_dtype_enabled for layer in adapted_layers(net).values())

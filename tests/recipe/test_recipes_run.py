@@ -72,6 +72,7 @@ def test_a_shipped_recipe_trains_with_its_own_keys(
         "vae": str(small_vae),
         "path": str(images),
         "resolution": size,
+        "size": size,
         "batch_size": 2,
     }
     settings = stand_in(shipped, stands)

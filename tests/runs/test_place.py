@@ -125,4 +125,4 @@ def test_a_schedule_needs_a_length(recipe: Path, capsys: pytest.CaptureFixture[s
     time = ["--trainer.max_time", "00:00:00:01", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"]
     assert main(["fit", "-c", str(recipe), *NONE_HELD_OUT, *COSINE, *time]) == 2
     assert "the learning rate is cosine, and the run has no length; set trainer.max_steps" in capsys.readouterr().err
-    fit(recipe, *time)
+    fit(recipe, *time, "--run.overwrite", "true")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 
+from loratune.families.known import FAMILIES
 from loratune.lora.kinds.known import KINDS
 from loratune.lora.kinds.layer import LowRank
 from loratune.lora.names import known_layers
@@ -43,10 +44,15 @@ def split(key: str) -> tuple[str, str, Part] | None:
     return None
 
 
-def naming(raw: str) -> list[Table]:
+def naming(raw: str) -> tuple[Table, ...]:
     """The formats that spell a layer's name so, best first."""
-    named = [table for table in TABLES.values() if table.begins and table.names(raw)]
-    return named or [table for table in TABLES.values() if not table.begins]
+    return _naming(raw, tuple(TABLES.values()), tuple(id(family) for family in FAMILIES))
+
+
+@lru_cache(maxsize=1 << 13)  # each layer has several keys
+def _naming(raw: str, tables: tuple[Table, ...], families: tuple[int, ...]) -> tuple[Table, ...]:
+    named = tuple(table for table in tables if table.begins and table.names(raw))
+    return named or tuple(table for table in tables if not table.begins)
 
 
 def format_of(key: str) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratune.families.architectures import architectures, original_names
+from loratune.families.known import FAMILIES, kohya_prefixes
 from loratune.lora.kinds.lora import LoRALayer
 from loratune.lora.names import base_kind, originals
 from loratune.lora.tables.table import ALPHA, DOWN, MAGNITUDE, MID, UP, Part, Table, Written
@@ -16,24 +17,28 @@ from loratune.lora.tables.table import ALPHA, DOWN, MAGNITUDE, MID, UP, Part, Ta
 if TYPE_CHECKING:
     from loratune.lora.kinds.layer import LowRank
 
-PREFIXES = {
-    "unet": ("lora_unet_", "lycoris_"),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-}
-COMPONENTS = {prefix: component for component, prefixes in PREFIXES.items() for prefix in prefixes}
-# What sd-scripts puts before a layer's name, by kind of base.
-WRITTEN = {
-    "sd": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
-}
+
+def components() -> dict[str, str]:
+    """The component that names are of, by what they begin with."""
+    return {prefix: component for component, prefixes in kohya_prefixes().items() for prefix in prefixes}
+
+
+def written(kind: str) -> dict[str, str]:
+    """What sd-scripts puts before the names of each component's layers, by kind of base."""
+    family = next((family for family in FAMILIES if family.name == kind), FAMILIES[0])
+    return {part.name: part.kohya[0] for part in family.parts if part.kohya}
+
+
+def begins() -> str:
+    """The beginnings of kohya's names."""
+    return rf"^({'|'.join(components())})"
 
 
 def spell(name: str) -> tuple[str, ...]:
     """kohya's names of a layer, by diffusers' path and by the original one."""
     component, _, path = name.partition(".")
     paths = (path, *originals().get(name, ()))
-    return tuple(f"{prefix}{one.replace('.', '_')}" for prefix in PREFIXES[component] for one in paths)
+    return tuple(f"{prefix}{one.replace('.', '_')}" for prefix in kohya_prefixes()[component] for one in paths)
 
 
 def kohya_names(names: Iterable[str], kind: str = "sd") -> dict[str, str]:
@@ -52,9 +57,10 @@ def kohya_names(names: Iterable[str], kind: str = "sd") -> dict[str, str]:
     if any(name.startswith("unet.") and name not in original for name in names):
         original = {}  # never some of both: diffusers would leave out the original ones
     table: dict[str, str] = {}
+    prefixes = written(kind)
     for name in names:
         component, _, path = name.partition(".")
-        key = f"{WRITTEN[kind][component]}{original.get(name, path).replace('.', '_')}"
+        key = f"{prefixes[component]}{original.get(name, path).replace('.', '_')}"
         if table.setdefault(key, name) != name:
             raise ValueError(f"{table[key]} and {name} would both be {key}")
     return table
@@ -95,7 +101,7 @@ def write(layers: Mapping[str, LowRank], metadata: Mapping[str, str], dtype: Any
 
 KOHYA = Table(
     "kohya",
-    rf"^({'|'.join(COMPONENTS)})",
+    begins,
     {
         ".lora_down.weight": DOWN,
         ".lora_up.weight": UP,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from loratune.families.known import adaptable
 from loratune.lora.kinds.lora import LoRALayer
-from loratune.lora.names import COMPONENTS
 from loratune.lora.tables.table import ALPHA, DOWN, MAGNITUDE, UP, Part, Place, Table, Written, alpha_or_rank, dotted
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _in_metadata(component: str, path: str) -> str:
 
     peft takes a name for a layer's whole name or for the end of it; transformers 5 has no such level.
     """
-    return path if component == "unet" else path.removeprefix("text_model.")
+    return path.removeprefix("text_model.")
 
 
 def peft_metadata(sizes: Mapping[str, Size]) -> str:
@@ -65,7 +65,7 @@ def peft_metadata(sizes: Mapping[str, Size]) -> str:
         sizes: by canonical name.
     """
     configs: dict[str, Any] = {}
-    for component in COMPONENTS:
+    for component in adaptable():
         own = {
             _in_metadata(component, name.partition(".")[2]): size
             for name, size in sizes.items()
@@ -217,4 +217,9 @@ def peft_problem(layers: Mapping[str, LowRank]) -> str | None:
     return None
 
 
-PEFT = Table("peft", rf"^({'|'.join(COMPONENTS)})\.", SUFFIXES, dotted, loose=True, alpha=alpha, write=write)
+def begins() -> str:
+    """The names of the components that LoRAs sit in."""
+    return rf"^({'|'.join(adaptable())})\."
+
+
+PEFT = Table("peft", begins, SUFFIXES, dotted, loose=True, alpha=alpha, write=write)

@@ -97,7 +97,7 @@ class Table:
     """
 
     name: str
-    begins: str
+    begins: str | Callable[[], str]
     suffixes: Mapping[str, Part]
     spell: Callable[[str], tuple[str, ...]]
     every_kind: bool = False
@@ -109,7 +109,8 @@ class Table:
 
     def names(self, raw: str) -> bool:
         """Whether it is this format that spells a layer's name so."""
-        return re.search(self.begins, raw) is not None
+        begins = self.begins() if callable(self.begins) else self.begins
+        return re.search(begins, raw) is not None
 
     def ends(self) -> dict[str, Part]:
         """What a tensor is, by the end of its key."""
