@@ -6,11 +6,14 @@ before a weight is read, and by every verb that takes a recipe.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SHARDED = "fsdp2"
 FROM_BASE = ("pissa", "olora")
@@ -278,12 +281,15 @@ RULES: tuple[Rule, ...] = (
     only_a_lora_is_written_between,
     something_is_trained,
     the_first_lora_is_there,
-    warmup_ends,
     what_is_watched_is_measured,
     something_is_validated,
     prefixes_fit,
     the_loss_fits_the_base,
 )
+
+
+NOTES: tuple[Rule, ...] = (warmup_ends,)
+"""What is said and lets the recipe run: a short trial of a long recipe, say."""
 
 
 def check(recipe: Recipe, place: Callable[[str], str] = lambda key: "") -> None:
@@ -299,3 +305,6 @@ def check(recipe: Recipe, place: Callable[[str], str] = lambda key: "") -> None:
     for rule in RULES:
         if message := rule(recipe):
             raise UserError(f"{place(message.split()[0].rstrip(':'))}{message}")
+    for note in NOTES:
+        if (text := note(recipe)) is not None:
+            log.warning("%s%s", place(text.split(" ", 1)[0]), text)

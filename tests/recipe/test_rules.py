@@ -69,7 +69,6 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("only_a_lora_is_written_between", {**NAMED_FULL, "export.every_n_steps": 2}, "set export.every_n_steps: 0"),
     ("something_is_trained", {"model.lora.targets": "none"}, "set model.tokens, or other targets"),
     ("the_first_lora_is_there", {"model.lora.init_from": Path("nowhere.safetensors")}, "nowhere.safetensors: no such"),
-    ("warmup_ends", {"model.lr_schedule": {"warmup_steps": 10}}, "warmup_steps is 10, but trainer.max_steps is 10"),
     ("what_is_watched_is_measured", {"checkpoint.monitor": "val/loss", "data.validation_percent": 0}, "held out"),
     ("what_is_watched_is_measured", {"trainer.callbacks": EARLY, "data.validation_percent": 0}, "trainer.callbacks"),
     ("prefixes_fit", {"data.caption_prefix": "cat " * 90}, "data.caption_prefix is 90 tokens"),
@@ -102,6 +101,15 @@ def test_nothing_is_held_out_to_validate(monkeypatch: pytest.MonkeyPatch) -> Non
     check(recipe(nothing, "fit"))
     monkeypatch.setattr(rules, "RULES", [rule for rule in RULES if rule is not rules.something_is_validated])
     check(recipe(nothing, "validate"))
+
+
+def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check(recipe({"model.lr_schedule": {"warmup_steps": 10}}), lambda key: f"f.yaml:3 ({key}): ")
+    assert "f.yaml:3 (model.lr_schedule.warmup_steps): " in caplog.text
+    assert "warmup_steps is 10, but trainer.max_steps is 10" in caplog.text
+    caplog.clear()
+    check(recipe({"model.lr_schedule": {"warmup_steps": 9}}))
+    assert not caplog.text
 
 
 def test_every_rule_has_its_row() -> None:
