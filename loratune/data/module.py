@@ -271,6 +271,7 @@ class CaptionedImages(L.LightningDataModule):
             self.batch_size * processes,
             int(os.environ.get("PL_GLOBAL_SEED", "0")),
             bool(getattr(self.trainer, "overfit_batches", 0)),
+            getattr(self.trainer, "limit_train_batches", 1.0),
         )
         if processes == 1:
             return TrainingLoader(order, **self._loading(self.training, order))

@@ -87,15 +87,23 @@ class BatchOrder(Sampler[list[Draw]]):
             batch, that batch is smaller.
         seed: of the run.
         fixed: every epoch is like the first.
+        limit: how much of an epoch is trained on, as Lightning's limit_train_batches: batches, or a share.
     """
 
     def __init__(
-        self, groups: Sequence[Group], sizes: Sequence[Size], batch_size: int, seed: int, fixed: bool = False
+        self,
+        groups: Sequence[Group],
+        sizes: Sequence[Size],
+        batch_size: int,
+        seed: int,
+        fixed: bool = False,
+        limit: int | float = 1.0,
     ) -> None:
         self.groups, self.sizes, self.batch_size = groups, sizes, batch_size
         self.seed, self.fixed = seed, fixed
-        self.epoch = self.done = self._trainers_epoch = 0
+        self.epoch = self.done = 0
         self._length = batch_count((sizes[group[0]] for group, count in groups for _ in range(count)), batch_size)
+        self._trained = min(limit, self._length) if isinstance(limit, int) else int(limit * self._length)
 
     def __len__(self) -> int:
         return self._length
@@ -113,19 +121,21 @@ class BatchOrder(Sampler[list[Draw]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning begins an epoch or goes on with it; epochs of which no batch was trained on are not counted."""
-        if epoch != self._trainers_epoch and self.done:
+        """Lightning begins an epoch or goes on with it; the next one begins where all of this one was trained on.
+
+        Lightning's own count is not asked: it counts an epoch in which a run ended early, and which goes on when the
+        run is lengthened.
+        """
+        if self.done >= self._trained:
             self.epoch, self.done = self.epoch + (not self.fixed), 0
-        self._trainers_epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
         """Where the run stands."""
-        return {"epoch": self.epoch, "done": self.done, "trainers_epoch": self._trainers_epoch}
+        return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there."""
         self.epoch, self.done = state_dict["epoch"], state_dict["done"]
-        self._trainers_epoch = state_dict["trainers_epoch"]
 
     def _draws(self, indices: Sequence[int], count: int, epoch: int) -> Iterator[Draw]:
         whole, rest = divmod(count, len(indices))

@@ -55,6 +55,8 @@ class DiffusionModule(L.LightningModule):
         super().__init__()
         if (base is None) == (architecture is None):
             raise ValueError("base and architecture: give one of them, a base that is there or the sizes of a new one")
+        if base is not None:
+            objective.check_named(base)  # before a weight is read
         self.base_name = base or type(architecture).__name__
         self.model = architecture.build() if architecture else load_model(str(base), memory.torch_dtype, vae_exact=True)
         self.memory = memory

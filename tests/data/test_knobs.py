@@ -46,19 +46,6 @@ def module(tiny_base: Path) -> LoRAModule:
     return LoRAModule(str(tiny_base), LoRA(rank=2)).eval()
 
 
-class Stand(SimpleNamespace):
-    """A trainer's stand-in at some epoch."""
-
-    epoch = 0
-
-    @property
-    def global_step(self) -> int:
-        return self.epoch * self.batches
-
-    batches = 0
-    accumulate_grad_batches = 1
-
-
 @pytest.fixture
 def make(module: LoRAModule, tmp_path: Path) -> Callable[..., CaptionedImages]:
     def made(*, base: Any = module, **given: Any) -> CaptionedImages:
@@ -69,7 +56,7 @@ def make(module: LoRAModule, tmp_path: Path) -> Callable[..., CaptionedImages]:
             "validation_percent": 0,
         }
         data = CaptionedImages(**{**usual, **given})
-        stand = Stand(lightning_module=base, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        stand = SimpleNamespace(lightning_module=base, strategy=SimpleNamespace(root_device=torch.device("cpu")))
         stand.is_global_zero, stand.global_rank, stand.world_size = True, 0, 1
         data.trainer = stand  # type: ignore[assignment]
         data.setup("fit")
@@ -82,8 +69,8 @@ def epochs(data: CaptionedImages, count: int) -> list[dict[str, Any]]:
     """The batches of some epochs."""
     found: list[dict[str, Any]] = []
     for epoch in range(count):
-        loader = data.train_dataloader()
-        data.trainer.epoch, data.trainer.batches = epoch, len(loader)  # type: ignore[union-attr]
+        loader: Any = data.train_dataloader()
+        loader.order.epoch = epoch
         found += list(loader)
     return found
 
@@ -182,7 +169,7 @@ def test_a_loss_weight_weighs_the_loss(
 ) -> None:
     fill(tmp_path / "a", [(16, 16)] * 4, "a {}", 1)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
-    monkeypatch.setattr(module, "_trainer", SimpleNamespace(global_rank=0, world_size=1))
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=1))
     monkeypatch.setattr(module, "_generator", lambda *_: torch.Generator().manual_seed(4))
     losses = []
     for weight in (1.0, 0.25):

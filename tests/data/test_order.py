@@ -77,16 +77,27 @@ def test_a_resumed_order_is_the_rest_of_the_whole_one(
     whole = [list(order(given_, each, size, seed, epoch)) for epoch in range(3)]
     epoch, done = data.draw(st.integers(0, 2)), data.draw(st.integers(0, len(whole[0])))
     resumed = order(given_, each, size, seed)
-    resumed.load_state_dict({"epoch": epoch, "done": done, "trainers_epoch": epoch})
+    resumed.load_state_dict({"epoch": epoch, "done": done})
     assert list(resumed) == whole[epoch][done:]
-    resumed.set_epoch(epoch)
-    assert list(resumed) == whole[epoch][done:]
-    resumed.set_epoch(epoch + 1)
-    assert (resumed.epoch, resumed.done) == ((epoch + 1, 0) if done else (epoch, 0))
+    resumed.set_epoch(7)  # Lightning's count, which is not asked
+    over = done == len(whole[0])
+    assert (resumed.epoch, resumed.done) == ((epoch + 1, 0) if over else (epoch, done))
+
+
+@pytest.mark.parametrize(("limit", "trained"), [(2, 2), (9, 3), (1.0, 3), (0.4, 1)])
+def test_an_epoch_is_over_when_as_much_as_lightning_takes_was_trained_on(limit: float, trained: int) -> None:
+    order = BatchOrder([(list(range(12)), 12)], [(8, 8)] * 12, 4, 3, limit=limit)
+    for done in range(trained):
+        order.done = done
+        order.set_epoch(done)
+        assert (order.epoch, order.done) == (0, done)
+    order.done = trained
+    order.set_epoch(0)
+    assert (order.epoch, order.done) == (1, 0)
 
 
 def test_an_order_that_is_fixed_is_the_same_in_every_epoch() -> None:
-    made = BatchOrder([(list(range(12)), 12)], [(8, 8)] * 12, 4, 3, fixed=True)
+    made = BatchOrder([(list(range(12)), 12)], [(8, 8)] * 12, 4, 3, fixed=True, limit=1)
     first = list(made)
     made.done = 1
     made.set_epoch(1)

@@ -60,7 +60,7 @@ def family(loaded: Model) -> Iterator[Model]:
     """A tiny base; what a test sets of its prompts is undone."""
     yield loaded
     loaded.prompts = Prompts()
-    loaded._told_cut.clear()
+    loaded.warned.clear()
 
 
 # Reading weights.

@@ -140,7 +140,8 @@ def drawn_files(out: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_the_verb_draws_a_image_whatever_is_listed_beside_it(tiny_base: Path, tmp_path: Path) -> None:
     def run(name: str, prompts: list[str], count: int, seed: int, batch_size: int = 1) -> dict[str, Any]:
         out = tmp_path / name
-        sample(str(tiny_base), [], prompts, None, out, 3, 4.0, "ddim", seed, count, None, batch_size, "cpu")
+        settings: dict[str, Any] = {"steps": 3, "sampler": "ddim", "seed": seed, "count": count, "device": "cpu"}
+        sample(str(tiny_base), prompt=prompts, out=out, batch_size=batch_size, **settings)
         assert (out / "grid.png").is_file()
         return drawn_files(out)
 

@@ -235,7 +235,7 @@ def test_training_draws_its_steps_from_the_density(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "losses", kept)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "_generator", lambda *_: generator("cpu", 0))
-    module._trainer = SimpleNamespace(global_rank=0, world_size=1)
+    module._trainer = SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=1)
     module.training_step({"name": ["x"] * 200}, 0)
     assert drawn[0].min() >= 900
     assert len(drawn[0].unique()) > 50
