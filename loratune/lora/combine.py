@@ -45,7 +45,7 @@ def combine(given: Sequence[Given], out: Path, rank: int | None, to: str | None,
     check_only_rank(rank)
     sources = [(read(one.path), one) for one in given if one.weight != 0]
     if not sources:
-        raise UserError("combine: nothing to add; give --lora FILE:WEIGHT with a weight that is not 0")
+        raise UserError("combine: nothing to add; give --lora FILE:SCALE with a weight that is not 0")
     for source, one in sources:
         _check_kind(source, rank)
         check_blocks(one, source.file.layers)

@@ -19,7 +19,7 @@ from loratune.lora.merge.request import parse
 
 
 def parse_weighted(text: str, names: Sequence[str] = ()) -> Weighted:
-    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT,block=ratio`, read.
+    """`FILE`, `FILE:SCALE` or `FILE:SCALE,block=ratio`, read.
 
     Args:
         text: as on the command line.

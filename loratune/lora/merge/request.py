@@ -1,4 +1,4 @@
-"""`FILE:WEIGHT,block=ratio`: which LoRA counts how strongly in which block; without torch."""
+"""`FILE:SCALE,block=ratio`: which LoRA counts how strongly in which block; without torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Given:
 
 
 def parse(text: str) -> Given:
-    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT,block=ratio,...`.
+    """`FILE`, `FILE:SCALE` or `FILE:SCALE,block=ratio,...`.
 
     Raises:
         UserError: a number that is none or not finite, a block given twice, or a file that is no safetensors file.
@@ -50,7 +50,7 @@ def parse(text: str) -> Given:
     path, weight = Path(head), 1.0
     if not path.exists() and ":" in head:
         name, _, number = head.rpartition(":")
-        path, weight = Path(name), _number(text, number, f"write FILE:WEIGHT, such as {name}:0.8")
+        path, weight = Path(name), _number(text, number, f"write FILE:SCALE, such as {name}:0.8")
     if path.suffix.lower() not in (".safetensors", "") and path.exists():
         raise UserError(
             f"{path}: its name ends in {path.suffix}; only .safetensors files are loaded, so save it as one"

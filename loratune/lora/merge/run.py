@@ -43,7 +43,7 @@ def merge(asked: Request) -> dict[str, Any]:
         UserError: nothing to add, the LoRAs do not fit, or the place cannot be written to; nothing is left there.
     """
     if not asked.given:
-        raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:WEIGHT")
+        raise UserError("merge: nothing to add; give --lora FILE or --lora FILE:SCALE")
     _check_out(asked)
     for one in asked.given:
         check_blocks(one, module_names(asked.base.configs))

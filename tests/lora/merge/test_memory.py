@@ -311,7 +311,7 @@ def test_nothing_to_add_is_an_error(made: Made, tmp_path: Path) -> None:
         merge(str(made.file_base), [], tmp_path / "merged.safetensors")
 
 
-# FILE:WEIGHT.
+# FILE:SCALE.
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_name_with_a_colon_is_a_name_where_there_is_such_a_file(made: Made, tm
 
 @pytest.mark.parametrize("number", ["", "much", "0,8", "1.2.3", "0x1"])
 def test_a_weight_that_is_no_number(made: Made, number: str) -> None:
-    with pytest.raises(UserError, match=f"'{number}' is no number; write FILE:WEIGHT, such as .*one.safetensors:0.8"):
+    with pytest.raises(UserError, match=f"'{number}' is no number; write FILE:SCALE, such as .*one.safetensors:0.8"):
         parse_weighted(f"{made.files['one']}:{number}")
 
 

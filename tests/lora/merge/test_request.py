@@ -1,4 +1,4 @@
-"""`FILE:WEIGHT,block=ratio` is understood, and which layers a ratio is for."""
+"""`FILE:SCALE,block=ratio` is understood, and which layers a ratio is for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_name_that_is_there_counts_as_it_is(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a.safetensors:big", "'big' is no number; write FILE:WEIGHT, such as a.safetensors:0.8"),
+        ("a.safetensors:big", "'big' is no number; write FILE:SCALE, such as a.safetensors:0.8"),
         ("a.safetensors:1,down=x", "'x' is no number; write BLOCK=RATIO, such as down=0.5"),
         ("a.safetensors:1,down=", "'' is no number"),
         ("a.safetensors:nan", "the weight must be finite"),
