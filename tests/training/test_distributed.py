@@ -23,7 +23,13 @@ from loratune.training.randomness import Share, SharedDropout, dropout, share_dr
 
 LORA = "{rank: 4, alpha: 8, targets: cross-attention, dropout: 0.3, text_encoder: true}"
 WORDS = ["--model.objective", "{caption_dropout: 0.3, noise_offset: 0.1}", "--trainer.callbacks+", "EMA"]
-WORDS += ["--trainer.callbacks+", "gradients.Gradients", "--data.buckets", "{step: 8, smallest: 8, largest: 32}"]
+WORDS += [
+    "--allow-code",
+    "--trainer.callbacks+",
+    "gradients.Gradients",
+    "--data.buckets",
+    "{step: 8, smallest: 8, largest: 32}",
+]
 SIZES = [(16, 16), (32, 8), (16, 16), (8, 32), (16, 16), (32, 8)]  # of images in turn
 STEPS = 6
 TWO = ["--trainer.devices", "2", "--trainer.strategy"]
@@ -81,7 +87,8 @@ def close(one: Path, two: Path) -> None:
     for held, other in pairs:
         assert held.keys() == other.keys()
         for key, value in held.items():
-            assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-5), key
+            # Adam makes steps of the rate's size, 0.01, of gradients whose last bits are noise; they are compared below.
+            assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-4), key
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
