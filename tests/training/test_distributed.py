@@ -87,7 +87,7 @@ def close(one: Path, two: Path) -> None:
     for held, other in pairs:
         assert held.keys() == other.keys()
         for key, value in held.items():
-            # Adam makes steps of the rate's size, 0.01, of gradients whose last bits are noise; they are compared below.
+            # Adam steps by the rate, 0.01, on gradients whose last bits are noise; these are compared below.
             assert torch.allclose(value, other[key], rtol=1e-3, atol=2e-4), key
 
 
