@@ -266,7 +266,7 @@ def test_verbs_that_need_a_whole_base(
     if form in PARTIAL:
         lines = said.err.strip().splitlines()
         assert code == 2
-        assert f"{base}: has no {PARTIAL[form]}; training or drawing needs a whole base" in lines[-1]
+        assert f"{base}: has no {PARTIAL[form]}; training or sampling needs a whole base" in lines[-1]
         assert "Traceback" not in said.err
         return
     assert code == 0, said.err
