@@ -73,7 +73,7 @@ def main() -> None:
         ways = {"joint": [], "contrastive": [*start, "--model.init_args.trainable", "[unet]"], "both": start}
         for way, words in ways.items():
             out = folder / way
-            vae = ["--model.init_args.base.init_args.vae", str(VAE), "--trainer.callbacks", EMA]
+            vae = ["--model.init_args.architecture.init_args.vae", str(VAE), "--trainer.callbacks", EMA]
             seconds = fit("latent-diffusion", out, options.steps, options.batch, *vae, *words)
             base, json_file = next(out.glob("base-*")), out / "nearest.json"
             loratune(

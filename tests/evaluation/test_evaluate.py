@@ -130,6 +130,7 @@ class Told:
     """A trainer as far as `_watch` asks."""
 
     global_step = 0
+    loggers = ()
 
 
 def test_overfitting_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

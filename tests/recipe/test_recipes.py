@@ -31,7 +31,7 @@ def shrunk(path: Path, tiny_base: Path, tmp_path: Path) -> list[str]:
             block_out_channels=(16, 16),
             norm_num_groups=4,
         ).save_pretrained(tmp_path / "vae")
-        words += ["--model.init_args.base.init_args.vae", str(tmp_path / "vae")]
+        words += ["--model.init_args.architecture.init_args.vae", str(tmp_path / "vae")]
     return words
 
 

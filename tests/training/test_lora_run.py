@@ -70,7 +70,7 @@ def test_diffusers_draws_with_the_lora_as_we_do(
     ours, base = load_with(str(tiny_base), [str(lora)], "cpu"), load_model(str(tiny_base))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([600])
     with torch.no_grad():
-        told = pipeline.text_encoder(ours.tokens(["a red disc"])).last_hidden_state
+        told = pipeline.text_encoder(ours.family.read(ours, ["a red disc"]).ids).last_hidden_state
         theirs = pipeline.unet(x, t, told).sample
         assert torch.allclose(theirs, ours.denoise(x, t, ours.encode_prompts(["a red disc"])), atol=1e-5)
         assert not torch.allclose(theirs, base.denoise(x, t, base.encode_prompts(["a red disc"])), atol=1e-3)

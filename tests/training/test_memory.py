@@ -19,6 +19,7 @@ from loratune.families.load import load_model
 from loratune.families.pixels import PixelDDPM
 from loratune.families.prompts import Prompts
 from loratune.lora.inject import LoRA
+from loratune.recipe.rules import Recipe, check
 from loratune.recipe.run import run as run_recipe
 from loratune.training.diffusion_module import DiffusionModule
 from loratune.training.lora_module import LoRAModule
@@ -214,7 +215,7 @@ def test_release_drops_all_but_the_network(recipe: Path, tmp_path: Path) -> None
     parts = cli.model.model.components()
     assert isinstance(parts["vae"], Unloaded)
     assert isinstance(parts["text_encoder"], Unloaded)
-    assert {name.split(".")[0] for name, _ in cli.model.model.named_parameters()} == {"network"}
+    assert {name.split(".")[0] for name, _ in cli.model.model.named_parameters()} == {"unet"}
     kept = run_recipe(small(recipe, "--trainer.default_root_dir", str(tmp_path / "kept")))
     assert not any(isinstance(part, Unloaded) for part in kept.model.model.components().values())
     with pytest.raises(UserError, match="the text_encoder was unloaded when training began"):
@@ -291,10 +292,11 @@ def test_release_and_samples_are_refused(recipe: Path, capsys: pytest.CaptureFix
     assert "memory.unload_encoders is true, but samples.every_n_steps is 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", [Memory(quantization="nf4"), Memory(dtype="bfloat16"), Memory(unload_encoders=True)])
-def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: Memory) -> None:
-    with pytest.raises(ValueError, match=r"^memory\.(quantization|dtype|unload_encoders) is "):
-        DiffusionModule("nowhere", memory=memory)
+@pytest.mark.parametrize("memory", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"unload_encoders": True}])
+def test_full_fine_tuning_refuses_what_is_for_a_frozen_base(memory: dict[str, Any]) -> None:
+    model = {"class_path": "DiffusionModule", "init_args": {"base": "nowhere", "memory": memory}}
+    with pytest.raises(UserError, match=r"^model\.memory\.(quantization|dtype|unload_encoders) is "):
+        check(Recipe({"model": model}, "fit"))
 
 
 def test_full_fine_tuning_with_checkpointing(tiny_base: Path) -> None:
