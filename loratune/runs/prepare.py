@@ -83,7 +83,8 @@ def check_data(chosen: Any) -> None:
 def _configs(base: Any) -> Mapping[str, Mapping[str, Any]] | None:
     """Of a named base; what is wrong with it is told when it is loaded, after all that is wrong with the recipe."""
     try:
-        return Base.open(base).configs if isinstance(base, str) else None
+        opened = Base.open(base) if isinstance(base, str) else None
+        return opened.configs if opened is not None and not opened.missing else None
     except UserError:
         return None
 
