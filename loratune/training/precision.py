@@ -13,7 +13,7 @@ def fast_precision(accelerator: str) -> Precision:
     """Lightning's name of the precision for a device.
 
     Mixed bfloat16 where the device has units for it. A CPU without them computes bfloat16 in software, which took
-    20 times as long as float32 where it was measured (a VAE's step on a CPU with AVX2 alone). A GPU without them
+    11 times as long as float32 where it was measured (a VAE's step on a CPU with AVX2 alone). A GPU without them
     gets mixed float16, with Lightning's gradient scaler.
 
     Args:
